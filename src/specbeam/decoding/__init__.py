@@ -1,0 +1,49 @@
+"""The table of methods. A new method is one new file and one line here.
+
+Importing this costs nothing: a method's module (and torch) is imported when it first runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+
+
+@dataclass(frozen=True)
+class Method:
+    """`run` is `module:function`; the function takes (target[, draft], input_ids, attention_mask, **options)."""
+
+    run: str
+    family: str  # greedy | sample | beam: what it may be compared with
+    speculates: bool = False  # wants a draft model
+    batched: bool = True  # False: rows of a batch run one after the other
+    options: tuple[str, ...] = ()  # own options, beside transformers' GenerationConfig names
+
+    def load(self) -> Callable:
+        module, function = self.run.split(":")
+        return getattr(import_module(module), function)
+
+
+_PEER = "specbeam.baselines.transformers_generate"
+
+METHODS: dict[str, Method] = {
+    "greedy": Method("specbeam.decoding.greedy:greedy_generate", "greedy"),
+    "sample": Method("specbeam.decoding.sample:sample_generate", "sample"),
+    "speculative": Method("specbeam.decoding.speculative:speculative_generate", "greedy", speculates=True,
+                          options=("draft_length",)),
+    "beam": Method("specbeam.decoding.beam:beam_generate", "beam"),
+    "transformers_greedy": Method(f"{_PEER}:transformers_greedy", "greedy"),
+    "transformers_sample": Method(f"{_PEER}:transformers_sample", "sample"),
+    "transformers_assisted": Method(f"{_PEER}:transformers_assisted", "greedy", speculates=True, batched=False,
+                                    options=("draft_length",)),
+    "transformers_beam": Method(f"{_PEER}:transformers_beam", "beam"),
+}
+
+
+def method_family(kind: str, settings: dict) -> str:
+    """greedy | sample | beam. A speculative kind samples when its temperature is above 0."""
+    method = METHODS[kind]
+    if method.speculates and method.family == "greedy" and float(settings.get("temperature") or 0.0) > 0.0:
+        return "sample"
+    return method.family
