@@ -1,0 +1,164 @@
+"""What the caller asked for, settled once: prompts, options, processors, stopping.
+
+Options are transformers' GenerationConfig names. What the caller leaves unset comes from the target's own
+generation_config, as in `generate`; the settling itself is transformers' code. Only the method decides whether it
+samples.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+
+from specbeam.errors import InputError
+
+# What `generate` would do with these, our methods do not: set by the caller they are refused, never ignored.
+_REFUSED = {
+    "guidance_scale": (None, 1), "watermarking_config": (None,), "penalty_alpha": (None, 0), "dola_layers": (None,),
+    "prompt_lookup_num_tokens": (None,), "num_beam_groups": (None, 1), "diversity_penalty": (None, 0),
+    "constraints": (None,), "force_words_ids": (None,), "token_healing": (None, False), "use_cache": (None, True),
+    "cache_implementation": (None,), "low_memory": (None, False), "output_scores": (None, False),
+    "output_logits": (None, False), "output_attentions": (None, False), "output_hidden_states": (None, False),
+    "encoder_repetition_penalty": (None, 1), "encoder_no_repeat_ngram_size": (None, 0),
+    "assistant_early_exit": (None,), "return_dict_in_generate": (None, False, True),
+}
+# Also in force when they come from the checkpoint's generation_config, where they would change the output.
+_REFUSED_FROM_CHECKPOINT = ("guidance_scale", "watermarking_config", "penalty_alpha", "dola_layers", "token_healing",
+                            "diversity_penalty", "constraints", "force_words_ids")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt of the batch."""
+
+    prompt: list[int]
+    max_new_tokens: int
+    processors: LogitsProcessorList
+    generator: torch.Generator
+
+
+@dataclass(frozen=True)
+class Request:
+    """A batch, ready to run."""
+
+    rows: list[Row]
+    config: GenerationConfig
+    eos: frozenset[int]
+    stopping: StoppingCriteriaList  # beside EOS and length
+    streamer: Any
+
+
+def settle(
+    target: PreTrainedModel, input_ids: Tensor | Sequence[Tensor], attention_mask: Tensor | None, *,
+    do_sample: bool, seed: int | Sequence[int] = 0, tokenizer: Any = None, streamer: Any = None,
+    logits_processor: LogitsProcessorList | None = None, stopping_criteria: StoppingCriteriaList | None = None,
+    prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None = None,
+    generation_config: GenerationConfig | None = None, **options: Any,
+) -> Request:
+    """Raises InputError, in one sentence, for anything that cannot be honoured."""
+    _check_names(options)
+    prompts = prompt_rows(input_ids, attention_mask)
+    if streamer is not None and len(prompts) > 1:
+        raise InputError(f"streamer was given with a batch of {len(prompts)} prompts, whose rows grow at different "
+                         "speeds: stream one prompt at a time.")
+    config, _ = target._prepare_generation_config(generation_config, **options)
+    config.do_sample = do_sample
+    _check_values(config, options, target)
+    target._prepare_special_tokens(config, True, device=target.device, batch_size=len(prompts))
+    eos = frozenset() if config._eos_token_tensor is None else frozenset(config._eos_token_tensor.tolist())
+    seeds = list(seed) if isinstance(seed, Sequence) else [seed + row for row in range(len(prompts))]
+    if len(seeds) != len(prompts):
+        raise InputError(f"seed has {len(seeds)} entries for {len(prompts)} prompts: give one number, or one per row.")
+
+    rows = []
+    for number, prompt in enumerate(prompts):
+        own = copy.copy(config)
+        own.max_length = len(prompt) + _room(config, len(prompt))
+        if own.min_new_tokens is not None:
+            own.min_length = len(prompt) + own.min_new_tokens
+        allowed = prefix_allowed_tokens_fn
+        processors = target._get_logits_processor(
+            generation_config=own, input_ids_seq_length=len(prompt),
+            logits_processor=logits_processor or LogitsProcessorList(),
+            prefix_allowed_tokens_fn=allowed and (lambda _, ids, n=number, f=allowed: f(n, ids)),
+            device=target.device)
+        generator = torch.Generator().manual_seed(seeds[number])
+        rows.append(Row(prompt, own.max_length - len(prompt), processors, generator))
+
+    stopping = copy.copy(config)
+    stopping.max_length, stopping._eos_token_tensor = None, None  # these two are ours (rows.py)
+    if stopping.stop_strings is not None and tokenizer is None:
+        raise InputError(f"stop_strings={stopping.stop_strings!r} needs tokenizer=…, to know how tokens spell them.")
+    criteria = target._get_stopping_criteria(stopping, stopping_criteria or StoppingCriteriaList(), tokenizer)
+    return Request(rows, config, eos, criteria, streamer)
+
+
+def prompt_rows(input_ids: Tensor | Sequence[Tensor], attention_mask: Tensor | None) -> list[list[int]]:
+    """Token ids of each prompt without padding: from [rows, length] with a mask (padding on either side), or from a
+    list of 1-D tensors."""
+    if not isinstance(input_ids, Tensor):
+        rows = [torch.as_tensor(row).flatten().tolist() for row in input_ids]
+    elif input_ids.dim() != 2:
+        raise InputError(f"input_ids has shape {tuple(input_ids.shape)}: give [rows, length], or a list of 1-D "
+                         "tensors.")
+    elif attention_mask is None:
+        rows = input_ids.tolist()
+    elif attention_mask.shape != input_ids.shape:
+        raise InputError(f"attention_mask has shape {tuple(attention_mask.shape)} and input_ids "
+                         f"{tuple(input_ids.shape)}: they must be equal.")
+    else:
+        rows = [ids[seen].tolist() for ids, seen in zip(input_ids, attention_mask.bool(), strict=True)]
+    if not rows:
+        raise InputError("input_ids has no rows: give at least one prompt.")
+    if empty := [number for number, row in enumerate(rows) if not row]:
+        raise InputError(f"prompt {empty[0]} of {len(rows)} has no tokens: a model needs at least one to start from.")
+    return rows
+
+
+def _room(config: GenerationConfig, prompt_tokens: int) -> int:
+    """How many new tokens a prompt of this length may have: `max_new_tokens`, else `max_length`, else 20."""
+    if config.max_new_tokens is not None:
+        return config.max_new_tokens
+    if config.max_length is None:
+        return 20
+    if config.max_length <= prompt_tokens:
+        raise InputError(f"max_length is {config.max_length}, but the prompt alone has {prompt_tokens} tokens: set "
+                         "max_new_tokens instead.")
+    return config.max_length - prompt_tokens
+
+
+def _check_names(options: dict[str, Any]) -> None:
+    known = [name for name in vars(GenerationConfig()) if not name.startswith("_")]
+    for name in options:
+        if name == "do_sample":
+            raise InputError("do_sample is not an option here: the method says it (greedy_generate, sample_generate, "
+                             "speculative_generate with temperature > 0).")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            raise InputError(f"there is no option {name!r}" + (f"; did you mean {near[0]!r}?" if near else
+                             "; options are those of transformers' GenerationConfig."))
+
+
+def _check_values(config: GenerationConfig, options: dict[str, Any], target: PreTrainedModel) -> None:
+    for name, harmless in _REFUSED.items():
+        value = getattr(config, name, None)
+        if value not in harmless and (name in options or name in _REFUSED_FROM_CHECKPOINT):
+            raise InputError(f"{name}={value!r} is not supported by specbeam's methods: leave it out, or use a "
+                             "transformers_* method.")
+    if config.max_new_tokens is not None and config.max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {config.max_new_tokens}: it must be at least 1.")
+    if config.do_sample and config.temperature is not None and config.temperature <= 0:
+        raise InputError(f"temperature is {config.temperature}: sampling needs one above 0 (greedy decoding is the "
+                         "limit of 0: use greedy_generate).")
+    size = target.get_input_embeddings().weight.shape[0]
+    ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    for token in ids:
+        if token is not None and "eos_token_id" in options and not 0 <= token < size:
+            raise InputError(f"eos_token_id={token} is not a token of the target, which has {size}.")

@@ -1,0 +1,138 @@
+"""The rows of a running batch: tokens so far, where each ended, and its trace. Shared by all methods."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, StoppingCriteriaList
+
+from specbeam.decoding.request import Request
+from specbeam.trace import GenerationOutput, Hypothesis, Round, RowTrace
+
+
+class Clock:
+    """Marks in time on one device. On a GPU a mark is an event in its stream: taking one waits for nothing."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.cuda = device, device.type == "cuda"
+
+    def mark(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def seconds(self, start: Any, end: Any) -> float:
+        """Between two marks; waits for the later one."""
+        if not self.cuda:
+            return end - start
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
+
+
+@dataclass
+class RowState:
+    """One row while it runs."""
+
+    prompt: list[int]
+    max_new_tokens: int
+    tokens: list[int] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+    token_rounds: list[int] = field(default_factory=list)
+    rounds: list[tuple[int, int, int, Any, Any, tuple[int, ...]]] = field(default_factory=list)
+    finish_reason: str | None = None
+    first_tokens: int = 0
+
+    @property
+    def sequence(self) -> list[int]:
+        """Prompt and answer so far."""
+        return self.prompt + self.tokens
+
+    @property
+    def remaining(self) -> int:
+        return self.max_new_tokens - len(self.tokens)
+
+
+class Batch:
+    """All rows, and which of them still run. A method asks `live` and calls `commit`; `output` is its result."""
+
+    def __init__(self, request: Request, target: PreTrainedModel):
+        self.request = request
+        self.rows = [RowState(row.prompt, row.max_new_tokens) for row in request.rows]
+        self.live = list(range(len(self.rows)))
+        self.clock = Clock(target.device)
+        self.device = target.device
+        self.phases: dict[str, list[tuple[Any, Any]]] = {"draft": [], "verify": []}
+        self.started = self.clock.mark()
+        self.prefilled = self.ended = self.started
+        if request.streamer is not None:
+            request.streamer.put(torch.tensor([request.rows[0].prompt]))
+
+    def commit(self, row: int, tokens: Sequence[int], sources: Sequence[str]) -> int:
+        """Append tokens to a row until one ends it, exactly as plain decoding would; how many became output."""
+        state = self.rows[row]
+        for count, (token, source) in enumerate(zip(tokens, sources, strict=True), 1):
+            state.tokens.append(token)
+            state.sources.append(source)
+            state.token_rounds.append(len(state.rounds) + (state.first_tokens > 0))
+            state.finish_reason = self._ending(state, token)
+            if state.finish_reason is not None:
+                break
+        else:
+            count = len(tokens)
+        if self.request.streamer is not None:
+            self.request.streamer.put(torch.tensor(state.tokens[-count:]))
+        return count
+
+    def _ending(self, state: RowState, token: int) -> str | None:
+        if token in self.request.eos:
+            return "eos"
+        if self.request.stopping and stops(self.request.stopping, state.sequence, self.device):
+            return "stop"
+        return "length" if state.remaining == 0 else None
+
+    def prefill_done(self) -> None:
+        """The first new tokens are known (and on the host): everything from here on is decoding."""
+        self.prefilled = self.clock.mark()
+        for state in self.rows:
+            state.first_tokens = len(state.tokens)
+
+    def round_done(self, row: int, start: Any, drafted: Sequence[int], accepted: int, committed: int) -> None:
+        self.rows[row].rounds.append((len(drafted), accepted, committed, start, self.clock.mark(), tuple(drafted)))
+
+    def retire(self) -> list[int] | None:
+        """Take ended rows out of `live`. The numbers, among the old live rows, of those that stay; None: all."""
+        stay = [i for i, row in enumerate(self.live) if self.rows[row].finish_reason is None]
+        if len(stay) == len(self.live):
+            return None
+        self.live = [self.live[i] for i in stay]
+        return stay
+
+    def output(self, drafts: bool = False, hypotheses: list[list[Hypothesis]] | None = None) -> GenerationOutput:
+        self.ended = self.clock.mark()
+        if self.request.streamer is not None:
+            self.request.streamer.end()
+        if hypotheses is None:
+            hypotheses = [[Hypothesis(row.tokens, None, row.finish_reason or "length")] for row in self.rows]
+        seconds = {name: sum(self.clock.seconds(*span) for span in spans) for name, spans in self.phases.items()}
+        return GenerationOutput(hypotheses, [
+            RowTrace(
+                prompt_tokens=len(row.prompt), first_tokens=row.first_tokens,
+                rounds=tuple(Round(drafted, accepted, committed, self.clock.seconds(start, end), proposed)
+                             for drafted, accepted, committed, start, end, proposed in row.rounds),
+                sources=tuple(row.sources), token_rounds=tuple(row.token_rounds),
+                prefill_seconds=self.clock.seconds(self.started, self.prefilled),
+                decode_seconds=self.clock.seconds(self.prefilled, self.ended),
+                draft_seconds=seconds["draft"] if drafts else None, verify_seconds=seconds["verify"])
+            for row in self.rows])
+
+
+def stops(criteria: StoppingCriteriaList, sequence: list[int], device: torch.device) -> bool:
+    """Whether transformers' criteria end this sequence (prompt included)."""
+    ids = torch.tensor([sequence], device=device)
+    return bool(torch.as_tensor(criteria(ids, None)).any())  # type: ignore[arg-type]

@@ -1,0 +1,1 @@
+"""Runs one model over token trees, and knows no decoding method."""

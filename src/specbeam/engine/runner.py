@@ -1,0 +1,68 @@
+"""One forward of a transformers model over the slots, as a function of tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specbeam.engine.cache import SlotCache
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What one model wants to be given. Found by trying, not by its name (support.py)."""
+
+    model: PreTrainedModel
+    layer_types: tuple[str, ...]  # non-empty: the mask is a dict with one entry per type
+    window: int | None  # sliding window in positions, where some layer has one
+    additive: bool  # the mask is added to the scores (0 / lowest) instead of a boolean
+    keeps: bool  # `logits_to_keep` takes one index per row
+    strict: bool  # never asks the cache for its length
+    context: int | None  # positions it was made for
+    absolute: bool  # positions beyond `context` do not exist (learned table)
+    rope_limit: int | None  # rotary scaling that changes for the whole batch beyond this length
+    rope_restarts: bool  # beyond rope_limit all is well again if every row lies there from the start (longrope)
+
+    @property
+    def name(self) -> str:
+        return type(self.model).__name__
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+
+def forward(adapter: Adapter, cache: SlotCache, tokens: Tensor, positions: Tensor, visible: Tensor,
+            near: Tensor | None, keep: Tensor | None) -> Tensor:
+    """Logits [rows, new or 1, vocabulary] of new tokens; their keys and values go to `cache.slots`.
+
+    tokens, positions: [rows, new] long. visible: [rows, new, view] bool, the slots each token attends to; near: the
+    same within the sliding window. keep: [rows] long, the one token of each row whose logits are wanted; None: all.
+    """
+    by_row = {} if keep is None or not adapter.keeps else {"logits_to_keep": keep[:, None]}
+    logits = adapter.model(
+        input_ids=tokens, position_ids=positions, attention_mask=_mask(adapter, visible, near),
+        past_key_values=cache, use_cache=True, **by_row,
+    ).logits
+    if keep is not None and not by_row:
+        logits = logits.gather(1, keep[:, None, None].expand(-1, 1, logits.shape[-1]))
+    return logits
+
+
+def _mask(adapter: Adapter, visible: Tensor, near: Tensor | None) -> Tensor | dict[str, Tensor]:
+    if not adapter.layer_types:  # a window without layer types means that every layer slides (mistral, phi3)
+        return _finish(adapter, visible if near is None else near)
+    masks = {"full_attention": visible, "sliding_attention": visible if near is None else near}
+    return {kind: _finish(adapter, masks[kind]) for kind in adapter.layer_types}
+
+
+def _finish(adapter: Adapter, visible: Tensor) -> Tensor:
+    visible = visible[:, None]  # the same for every head
+    if not adapter.additive:
+        return visible
+    dtype = adapter.model.dtype
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
+        ~visible, torch.finfo(dtype).min)

@@ -1,0 +1,161 @@
+"""Can this model be run over token trees, and how? Decided by trying, not by its name.
+
+One small forward at load compares a tree, run over the slots, with plain forwards of its paths. A model that does
+not obey the mask or the positions (recurrent state, ALiBi counted by slot) shows itself there and is refused.
+"""
+
+from __future__ import annotations
+
+import logging
+from itertools import product
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specbeam.engine.runner import Adapter
+from specbeam.engine.tree import TokenTree, branches, chain
+from specbeam.errors import InputError
+
+_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+_adapters: WeakKeyDictionary[PreTrainedModel, tuple[tuple, Adapter]] = WeakKeyDictionary()
+
+# The probe: two ragged prompts, and below each one two siblings with two equal children each. The children have the
+# same tokens and differ only in what they may see and in nothing else.
+_PROMPTS = ([5, 9, 3, 12, 7], [11, 4, 8])
+_TREE = ([6, 10, 13, 14, 13, 14], [-1, -1, 0, 0, 1, 1])
+
+
+def adapt(model: PreTrainedModel) -> Adapter:
+    """The adapter for `model`, probed once. Raises InputError, naming the model, if it cannot be run exactly."""
+    key = (model.dtype, model.device, getattr(_text_config(model), "_attn_implementation", None))
+    if model not in _adapters or _adapters[model][0] != key:
+        _adapters[model] = (key, _probe(model))
+    return _adapters[model][1]
+
+
+def check_lengths(adapter: Adapter, prompt_tokens: list[int], max_new_tokens: list[int], role: str = "target") -> None:
+    """Prompts and answers against the model's context, before anything runs.
+
+    Raises InputError where positions do not exist (learned positions) or where rotary scaling would make the rows of
+    the batch depend on each other; warns where a rotary model is only taken beyond what it was made for.
+    """
+    longest = max(p + n for p, n in zip(prompt_tokens, max_new_tokens, strict=True))
+    context, limit = adapter.context, adapter.rope_limit
+    # The last new token is never read, so that one position more fits.
+    if context is not None and longest - 1 > context:
+        prompt = max(prompt_tokens)
+        sentence = (f"The longest prompt has {prompt} tokens and max_new_tokens is {max(max_new_tokens)}, together "
+                    f"{longest}, but the {role} {adapter.name} has a context of {context} positions")
+        if adapter.absolute:
+            raise InputError(f"{sentence}: shorten the prompt or lower max_new_tokens.")
+        logging.getLogger("specbeam").warning("%s; beyond it the answers may be poor.", sentence)
+    if limit is not None and longest > limit and not (adapter.rope_restarts and min(prompt_tokens) > limit):
+        raise InputError(
+            f"Prompt and answer reach {longest} tokens, but beyond {limit} the rotary scaling of the {role} "
+            f"{adapter.name} changes with the longest row of the batch, so that results would depend on how tokens "
+            f"are grouped: keep prompt plus max_new_tokens within {limit} tokens.")
+
+
+def _text_config(model: PreTrainedModel):
+    return model.config.get_text_config(decoder=True)
+
+
+def _probe(model: PreTrainedModel) -> Adapter:
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise InputError(f"{name} is an encoder-decoder model; specbeam runs decoder-only (causal) models.")
+    config = _text_config(model)
+    layer_types = tuple(sorted(set(getattr(config, "layer_types", None) or ())))
+    if unknown := set(layer_types) - _KNOWN_LAYERS:
+        raise InputError(f"{name} has layers of type {', '.join(sorted(unknown))}, whose state cannot be kept as a "
+                         "tree of tokens; specbeam runs models with full or sliding-window attention only.")
+    eager = getattr(config, "_attn_implementation", "eager") != "sdpa"
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            wanted, gap = _plain_logits(model)
+            tried = []
+            # Cheapest first: a boolean mask where sdpa takes it, one index per row for the last logits.
+            for additive, keeps, strict in product([eager, True], [True, False], [True, False]):
+                adapter = _describe(model, config, layer_types, additive, keeps, strict)
+                try:
+                    error = (_tree_logits(adapter) - wanted).abs().max().item()
+                except Exception as failure:  # whatever a model says when it is run in a way it does not know
+                    tried.append(f"{type(failure).__name__}: {failure}".splitlines()[0][:160])
+                    continue
+                if error <= _tolerance(model.dtype, wanted, gap):
+                    return adapter
+                tried.append(f"its logits are off by {error:.2g}")
+    finally:
+        model.train(training)
+    why = next((reason for reason in tried if reason.startswith("its logits")), tried[0])
+    raise InputError(f"{name} cannot be run exactly over a tree of tokens ({why}): it does not obey the "
+                     "attention mask or the positions it is given, or keeps a state of its own; use the "
+                     "transformers_* methods for it.")
+
+
+def _describe(model: PreTrainedModel, config, layer_types: tuple[str, ...], additive: bool, keeps: bool,
+              strict: bool) -> Adapter:
+    slides = not layer_types or "sliding_attention" in layer_types
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope] if "rope_type" in rope else [r for r in rope.values() if isinstance(r, dict)]
+    types = {kind.get("rope_type", "default") for kind in kinds}
+    context = getattr(config, "max_position_embeddings", None)
+    limit = None
+    if "longrope" in types or "dynamic" in types:
+        limits = [kind.get("original_max_position_embeddings") for kind in kinds]
+        limit = next((n for n in limits if n), None) or getattr(
+            config, "original_max_position_embeddings", None) or context
+    rotary = bool(kinds) or any("rotary" in part.lower() for part, _ in model.named_modules())
+    return Adapter(
+        model=model, layer_types=layer_types, window=getattr(config, "sliding_window", None) if slides else None,
+        additive=additive, keeps=keeps, strict=strict, context=context, absolute=not rotary,
+        rope_limit=limit, rope_restarts="longrope" in types)
+
+
+def _paths() -> list[list[int]]:
+    tokens, parents = _TREE
+    return [[tokens[parents[leaf]], tokens[leaf]] for leaf in range(2, len(tokens))]
+
+
+def _plain_logits(model: PreTrainedModel) -> tuple[Tensor, float]:
+    """Logits [prompts, leaves, vocabulary] of each path alone, and how much the other parent changes a leaf."""
+    device = model.get_input_embeddings().weight.device
+    rows = []
+    for prompt in _PROMPTS:
+        ids = torch.tensor([_within(prompt + path, model) for path in _paths()], device=device)
+        rows.append(model(input_ids=ids, use_cache=False).logits[:, -1].float())
+    wanted = torch.stack(rows)
+    if not torch.isfinite(wanted).all():
+        raise InputError(f"{type(model).__name__} gives logits that are not finite (NaN or infinite) on a first "
+                         "trial: the checkpoint is broken, or its dtype overflows; try dtype=float32.")
+    return wanted, (wanted[:, :2] - wanted[:, 2:]).abs().max().item()
+
+
+def _within(tokens: list[int], model: PreTrainedModel) -> list[int]:
+    size = model.get_input_embeddings().weight.shape[0]
+    return [token % size for token in tokens]
+
+
+def _tree_logits(adapter: Adapter) -> Tensor:
+    """The same leaves' logits, as a tree over the slots; every second leaf is checked by `last_only` too."""
+    tree = TokenTree(adapter, len(_PROMPTS), capacity=4)
+    prompts = [_within(prompt, adapter.model) for prompt in _PROMPTS]
+    tree.extend(tree.tips([0] * len(prompts)), chain(prompts, tree.device), last_only=True)
+    tips = tree.tips([len(prompt) for prompt in prompts])
+    tokens, parents = _within(_TREE[0], adapter.model), _TREE[1]
+    block = branches([(tokens, parents)] * len(prompts), tree.device)
+    logits, _ = tree.extend(tips, block)
+    last, _ = tree.extend(tips, block, last_only=True)
+    return torch.cat([logits[:, 2:5], last], dim=1).float()
+
+
+def _tolerance(dtype: torch.dtype, wanted: Tensor, gap: float) -> float:
+    """Rounding of the dtype, or a small part of what a wrong parent would change, whichever is larger."""
+    size = wanted.abs().max().item()
+    if dtype == torch.float32:
+        return max(1e-4 * size, 1e-3 * gap)
+    return max(2e-2 * size, 0.3 * gap)

@@ -1,0 +1,159 @@
+"""The one idea: what a model has read is a tree of tokens, of which some branches live.
+
+Every row of the batch has its own tree. A *tip* is the end of a living branch: a boolean over the slots (the tokens
+on its path) and a depth (how many they are, which is the position of the next token). A forward takes a *block* of
+new nodes, each below a tip or below another new node, and
+
+    visible(node) = visible(tip) ∪ {slots of its ancestors in the block} ∪ {own slot}
+    position(node) = depth(tip) + number of its ancestors in the block.
+
+New nodes go to the first slots that no tip sees. Rejecting a branch is not keeping it as a tip; choosing beams is
+gathering tips. Keys and values are never moved, and a prompt is stored once, however many branches share it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specbeam.engine.cache import SlotCache
+from specbeam.engine.runner import Adapter, forward
+
+
+@dataclass(frozen=True)
+class Tips:
+    """Living branches. visible: [rows, tips, slots] bool; depth: [rows, tips] long."""
+
+    visible: Tensor
+    depth: Tensor
+    contiguous: bool = False  # one tip per row that sees slots 0 … depth-1: free slots need no search
+
+    def pick(self, index: Tensor) -> Tips:
+        """Tips [rows, k] by their number in this set (index: [rows, k] long)."""
+        slots = self.visible.shape[2]
+        return Tips(self.visible.gather(1, index[..., None].expand(-1, -1, slots)), self.depth.gather(1, index))
+
+
+@dataclass(frozen=True)
+class Block:
+    """New nodes of every row, short rows padded on the right.
+
+    tokens: [rows, new] long. tip: [rows, new] long, the tip each hangs below. depth: [rows, new] long, ancestors
+    within the block. ancestors: [rows or 1, new, new] bool, [b, i, j]: j is i or an ancestor of i. lengths: [rows]
+    long, real nodes of each row.
+    """
+
+    tokens: Tensor
+    tip: Tensor
+    depth: Tensor
+    ancestors: Tensor
+    lengths: Tensor
+
+
+def chain(tokens: Sequence[Sequence[int]] | Tensor, device: torch.device, lengths: Tensor | None = None) -> Block:
+    """Each row's tokens one below the other, the first below the row's only tip."""
+    if not isinstance(tokens, Tensor):
+        lengths = torch.tensor([len(row) for row in tokens], device=device)
+        width = max(len(row) for row in tokens)
+        tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in tokens], device=device)
+    rows, new = tokens.shape
+    if lengths is None:
+        lengths = torch.full((rows,), new, device=device)
+    order = torch.arange(new, device=device)
+    return Block(tokens, torch.zeros_like(tokens), order.expand(rows, -1), (order[:, None] >= order)[None], lengths)
+
+
+def leaves(tokens: Tensor, tip: Tensor) -> Block:
+    """One new node below each named tip; tokens, tip: [rows, new] long."""
+    rows, new = tokens.shape
+    own = torch.eye(new, dtype=torch.bool, device=tokens.device)[None]
+    return Block(tokens, tip, torch.zeros_like(tokens), own, torch.full((rows,), new, device=tokens.device))
+
+
+def branches(trees: Sequence[tuple[Sequence[int], Sequence[int]]], device: torch.device) -> Block:
+    """Any tree below the row's only tip: per row (tokens, parents), parents[i] < i, or -1 for the tip itself."""
+    new = max(len(tokens) for tokens, _ in trees)
+    tokens = torch.zeros(len(trees), new, dtype=torch.long)
+    depth = torch.zeros_like(tokens)
+    ancestors = torch.eye(new, dtype=torch.bool).repeat(len(trees), 1, 1)
+    for row, (ids, parents) in enumerate(trees):
+        for node, (token, parent) in enumerate(zip(ids, parents, strict=True)):
+            tokens[row, node] = token
+            if parent >= 0:
+                depth[row, node] = depth[row, parent] + 1
+                ancestors[row, node] |= ancestors[row, parent]
+    lengths = torch.tensor([len(ids) for ids, _ in trees])
+    return Block(*(t.to(device) for t in (tokens, torch.zeros_like(tokens), depth, ancestors, lengths)))
+
+
+class TokenTree:
+    """One model's slots for a batch, and the forwards over them."""
+
+    def __init__(self, adapter: Adapter, rows: int, capacity: int):
+        """`capacity` slots per row to begin with; more are made when they are needed."""
+        self.adapter, self.device = adapter, adapter.device
+        self.cache = SlotCache(rows, max(capacity, 1), self.device, adapter.strict)
+        self.position_of = torch.zeros(rows, self.cache.capacity, dtype=torch.long, device=self.device)
+        self.high = 0  # no slot at or above it was ever written
+
+    def tips(self, lengths: Sequence[int]) -> Tips:
+        """One tip per row, at the end of the chain that lies in slots 0 … length-1."""
+        depth = torch.tensor(lengths, device=self.device)[:, None]
+        slots = torch.arange(self.cache.capacity, device=self.device)
+        return Tips((slots < depth)[:, None], depth, contiguous=True)
+
+    def extend(self, tips: Tips, block: Block, last_only: bool = False) -> tuple[Tensor, Tips]:
+        """Run the block. Logits [rows, new, vocabulary] ([rows, 1, …] of each row's last node with `last_only`),
+        and the new nodes as tips [rows, new]. Slots that no tip in `tips` sees may be overwritten."""
+        new = block.tokens.shape[1]
+        real = torch.arange(new, device=self.device) < block.lengths[:, None]
+        slots = self._free_slots(tips, new)
+        seen = torch.nn.functional.pad(tips.visible, (0, self.cache.capacity - tips.visible.shape[2]))
+        visible = seen.gather(1, block.tip[..., None].expand(-1, -1, seen.shape[2]))
+        visible.scatter_(2, slots[:, None].expand(-1, new, -1), block.ancestors.expand(len(slots), -1, -1))
+        positions = tips.depth.gather(1, block.tip) + block.depth
+        legal = positions * real  # pads too need a position that exists (gpt2)
+
+        view, near = self.cache.view, None
+        if self.adapter.window is not None:  # the window counts positions, not slots
+            self.position_of.scatter_(1, slots, positions)
+            near = visible[..., :view] & (self.position_of[:, None, :view]
+                                          > positions[..., None] - self.adapter.window)
+        keep = (block.lengths - 1).clamp(min=0) if last_only else None
+        logits = forward(self.adapter, self.cache, block.tokens, legal, visible[..., :view], near, keep)
+        return logits, Tips(visible, positions + 1)
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Go on with these rows only (their numbers among the present ones)."""
+        index = torch.tensor(rows, device=self.device)
+        self.cache.keep_rows(index)
+        self.position_of = self.position_of[index]
+
+    def _free_slots(self, tips: Tips, new: int) -> Tensor:
+        """[rows, new] long: the first slots that no tip sees; tells the cache where the forward writes."""
+        if tips.contiguous:
+            slots = tips.depth + torch.arange(new, device=self.device)
+        else:
+            reach = min(self.high + new, tips.visible.shape[2])
+            free = ~tips.visible[..., :reach].any(1)
+            if reach < self.high + new:
+                free = torch.nn.functional.pad(free, (0, self.high + new - reach), value=True)
+            order = torch.arange(free.shape[1], 0, -1, device=self.device)
+            slots = (free * order).topk(new, dim=1).indices
+        written = slots.tolist()
+        self.high = max(self.high, 1 + max(max(row) for row in written))
+        if self.high > self.cache.capacity:
+            self._grow(self.high)
+        first = written[0]
+        runs = first == list(range(first[0], first[0] + new)) and all(row == first for row in written)
+        self.cache.span = slice(first[0], first[0] + new) if runs else None
+        self.cache.slots, self.cache.view = slots, self.high
+        return slots
+
+    def _grow(self, least: int) -> None:
+        capacity = max(least, self.cache.capacity * 3 // 2)
+        self.position_of = torch.nn.functional.pad(self.position_of, (0, capacity - self.cache.capacity))
+        self.cache.resize(capacity)

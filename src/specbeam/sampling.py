@@ -1,0 +1,65 @@
+"""From logits to the next token: transformers' own processors, and seeded draws.
+
+All arithmetic is on fp32 scores, as in `generate`; a draw inverts the distribution function in fp64 with a uniform
+number from the row's own generator, so that a row's tokens depend on its seed and not on its batch or its device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList
+from transformers.generation import logits_process as hf
+
+# These look at the scores only. With nothing else in the list, all rows and nodes go through in one call.
+_IGNORES_HISTORY = (
+    hf.TemperatureLogitsWarper, hf.TopKLogitsWarper, hf.TopPLogitsWarper, hf.MinPLogitsWarper,
+    hf.TypicalLogitsWarper, hf.EpsilonLogitsWarper, hf.EtaLogitsWarper, hf.SuppressTokensLogitsProcessor,
+    hf.InfNanRemoveLogitsProcessor, hf.LogitNormalization,
+)
+
+Path = Callable[[int, int], Sequence[int]]
+
+
+def process(logits: Tensor, processors: Sequence[LogitsProcessorList], path: Path) -> Tensor:
+    """Scores [rows, nodes, vocabulary] fp32 after each row's processors.
+
+    logits: [rows, nodes, vocabulary], any float dtype (beam search hands over log-probabilities, as `generate`
+    does). path(row, node): every token before the one that these logits predict, the prompt included. Each node is
+    processed with its own path, so that a repetition penalty in a tree sees what plain decoding would see.
+    """
+    scores = logits.float()
+    if not any(processors):
+        return scores
+    if all(isinstance(one, _IGNORES_HISTORY) for row in processors for one in row):
+        none = torch.empty(scores.shape[0] * scores.shape[1], 0, dtype=torch.long, device=scores.device)
+        return processors[0](none, scores.flatten(0, 1)).view(scores.shape)
+    done = torch.empty_like(scores)
+    for row, chosen in enumerate(processors):
+        paths = [path(row, node) for node in range(scores.shape[1])]
+        for length in sorted({len(ids) for ids in paths}):  # one call for all nodes of equal depth
+            nodes = [node for node, ids in enumerate(paths) if len(ids) == length]
+            ids = torch.tensor([list(paths[node]) for node in nodes], device=scores.device)
+            done[row, nodes] = chosen(ids, scores[row, nodes])
+    return done
+
+
+def uniforms(generators: Sequence[torch.Generator], counts: Sequence[int], device: torch.device) -> Tensor:
+    """Uniform numbers [rows, max(counts)] fp64 in [0, 1): row b takes counts[b] from its own generator, rest 0."""
+    numbers = torch.zeros(len(generators), max(counts, default=0), dtype=torch.float64)
+    for row, (generator, count) in enumerate(zip(generators, counts, strict=True)):
+        numbers[row, :count] = torch.rand(count, generator=generator, dtype=torch.float64)
+    return numbers.to(device)
+
+
+def draw(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Tokens [rows] drawn in proportion to non-negative weights [rows, vocabulary] by uniform numbers [rows].
+
+    The smallest token whose cumulative weight exceeds `uniform` × total: one of weight 0 is never drawn.
+    """
+    cumulative = weights.double().cumsum(-1)
+    total = cumulative[:, -1]
+    below = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, below[:, None], right=True).squeeze(1)
