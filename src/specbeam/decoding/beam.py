@@ -117,7 +117,7 @@ def step(beams: Beams, log_probs: Tensor, rule: Ranking, request: Request, live:
 
     log_probs: [rows, beams, vocabulary] fp32, processed. live: the request's row behind each row.
     """
-    rows, width, vocabulary = log_probs.shape
+    width, vocabulary = log_probs.shape[1:]
     length = beams.tokens.shape[2] + 1
     total = (log_probs + beams.scores[..., None]).flatten(1)
     best, index = total.topk(rule.keep)

@@ -11,12 +11,14 @@ import copy
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
+from specbeam.engine.runner import embedding
 from specbeam.errors import InputError
 
 # What `generate` would do with these, our methods do not: set by the caller they are refused, never ignored.
@@ -56,7 +58,7 @@ class Request:
 
 
 def settle(
-    target: PreTrainedModel, input_ids: Tensor | Sequence[Tensor], attention_mask: Tensor | None, *,
+    target: Any, input_ids: Tensor | Sequence[Tensor], attention_mask: Tensor | None, *,
     do_sample: bool, seed: int | Sequence[int] = 0, tokenizer: Any = None, streamer: Any = None,
     logits_processor: LogitsProcessorList | None = None, stopping_criteria: StoppingCriteriaList | None = None,
     prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None = None,
@@ -68,8 +70,7 @@ def settle(
     if streamer is not None and len(prompts) > 1:
         raise InputError(f"streamer was given with a batch of {len(prompts)} prompts, whose rows grow at different "
                          "speeds: stream one prompt at a time.")
-    config, _ = target._prepare_generation_config(generation_config, **options)
-    config.do_sample = do_sample
+    config, _ = target._prepare_generation_config(generation_config, do_sample=do_sample, **options)
     _check_values(config, options, target)
     target._prepare_special_tokens(config, True, device=target.device, batch_size=len(prompts))
     eos = frozenset() if config._eos_token_tensor is None else frozenset(config._eos_token_tensor.tolist())
@@ -83,11 +84,10 @@ def settle(
         own.max_length = len(prompt) + _room(config, len(prompt))
         if own.min_new_tokens is not None:
             own.min_length = len(prompt) + own.min_new_tokens
-        allowed = prefix_allowed_tokens_fn
         processors = target._get_logits_processor(
             generation_config=own, input_ids_seq_length=len(prompt),
             logits_processor=logits_processor or LogitsProcessorList(),
-            prefix_allowed_tokens_fn=allowed and (lambda _, ids, n=number, f=allowed: f(n, ids)),
+            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn and partial(_allowed, prefix_allowed_tokens_fn, number),
             device=target.device)
         generator = torch.Generator().manual_seed(seeds[number])
         rows.append(Row(prompt, own.max_length - len(prompt), processors, generator))
@@ -98,6 +98,11 @@ def settle(
         raise InputError(f"stop_strings={stopping.stop_strings!r} needs tokenizer=…, to know how tokens spell them.")
     criteria = target._get_stopping_criteria(stopping, stopping_criteria or StoppingCriteriaList(), tokenizer)
     return Request(rows, config, eos, criteria, streamer)
+
+
+def _allowed(asked: Callable[[int, Tensor], list[int]], row: int, _: int, ids: Tensor) -> list[int]:
+    """Rows are processed one by one, so that transformers would call every row number 0."""
+    return asked(row, ids)
 
 
 def prompt_rows(input_ids: Tensor | Sequence[Tensor], attention_mask: Tensor | None) -> list[list[int]]:
@@ -146,7 +151,7 @@ def _check_names(options: dict[str, Any]) -> None:
                              "; options are those of transformers' GenerationConfig."))
 
 
-def _check_values(config: GenerationConfig, options: dict[str, Any], target: PreTrainedModel) -> None:
+def _check_values(config: GenerationConfig, options: dict[str, Any], target: Any) -> None:
     for name, harmless in _REFUSED.items():
         value = getattr(config, name, None)
         if value not in harmless and (name in options or name in _REFUSED_FROM_CHECKPOINT):
@@ -157,7 +162,7 @@ def _check_values(config: GenerationConfig, options: dict[str, Any], target: Pre
     if config.do_sample and config.temperature is not None and config.temperature <= 0:
         raise InputError(f"temperature is {config.temperature}: sampling needs one above 0 (greedy decoding is the "
                          "limit of 0: use greedy_generate).")
-    size = target.get_input_embeddings().weight.shape[0]
+    size = embedding(target).shape[0]
     ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     for token in ids:
         if token is not None and "eos_token_id" in options and not 0 <= token < size:

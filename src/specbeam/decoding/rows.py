@@ -76,18 +76,17 @@ class Batch:
     def commit(self, row: int, tokens: Sequence[int], sources: Sequence[str]) -> int:
         """Append tokens to a row until one ends it, exactly as plain decoding would; how many became output."""
         state = self.rows[row]
-        for count, (token, source) in enumerate(zip(tokens, sources, strict=True), 1):
+        before = len(state.tokens)
+        for token, source in zip(tokens, sources, strict=True):
             state.tokens.append(token)
             state.sources.append(source)
             state.token_rounds.append(len(state.rounds) + (state.first_tokens > 0))
             state.finish_reason = self._ending(state, token)
             if state.finish_reason is not None:
                 break
-        else:
-            count = len(tokens)
         if self.request.streamer is not None:
-            self.request.streamer.put(torch.tensor(state.tokens[-count:]))
-        return count
+            self.request.streamer.put(torch.tensor(state.tokens[before:]))
+        return len(state.tokens) - before
 
     def _ending(self, state: RowState, token: int) -> str | None:
         if token in self.request.eos:
@@ -135,4 +134,4 @@ class Batch:
 def stops(criteria: StoppingCriteriaList, sequence: list[int], device: torch.device) -> bool:
     """Whether transformers' criteria end this sequence (prompt included)."""
     ids = torch.tensor([sequence], device=device)
-    return bool(torch.as_tensor(criteria(ids, None)).any())  # type: ignore[arg-type]
+    return bool(torch.as_tensor(criteria(ids, None)).any())

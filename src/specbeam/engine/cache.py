@@ -77,6 +77,7 @@ class SlotCache(Cache):
     def __init__(self, rows: int, capacity: int, device: torch.device, strict: bool = True):
         super().__init__(layers=[])
         self.capacity = capacity
+        self.layers: list[SlotLayer] = []  # type: ignore[assignment]
         self.rows = torch.arange(rows, device=device)[:, None]
         self.slots = torch.empty(rows, 0, dtype=torch.long, device=device)
         self.span: slice | None = None

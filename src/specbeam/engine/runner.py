@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,12 @@ class Adapter:
 
     @property
     def device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device
+        return embedding(self.model).device
+
+
+def embedding(model: Any) -> Tensor:
+    """The input embedding's weights [vocabulary, hidden]: they say where tokens go, and how many there are."""
+    return model.get_input_embeddings().weight
 
 
 def forward(adapter: Adapter, cache: SlotCache, tokens: Tensor, positions: Tensor, visible: Tensor,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specbeam.engine.runner import Adapter
+from specbeam.engine.runner import Adapter, embedding
 from specbeam.engine.tree import TokenTree, branches, chain
 from specbeam.errors import InputError
 
@@ -123,7 +123,7 @@ def _paths() -> list[list[int]]:
 
 def _plain_logits(model: PreTrainedModel) -> tuple[Tensor, float]:
     """Logits [prompts, leaves, vocabulary] of each path alone, and how much the other parent changes a leaf."""
-    device = model.get_input_embeddings().weight.device
+    device = embedding(model).device
     rows = []
     for prompt in _PROMPTS:
         ids = torch.tensor([_within(prompt + path, model) for path in _paths()], device=device)
@@ -136,7 +136,7 @@ def _plain_logits(model: PreTrainedModel) -> tuple[Tensor, float]:
 
 
 def _within(tokens: list[int], model: PreTrainedModel) -> list[int]:
-    size = model.get_input_embeddings().weight.shape[0]
+    size = embedding(model).shape[0]
     return [token % size for token in tokens]
 
 
