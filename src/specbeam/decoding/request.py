@@ -70,7 +70,12 @@ def settle(
     if streamer is not None and len(prompts) > 1:
         raise InputError(f"streamer was given with a batch of {len(prompts)} prompts, whose rows grow at different "
                          "speeds: stream one prompt at a time.")
-    config, _ = target._prepare_generation_config(generation_config, do_sample=do_sample, **options)
+    if generation_config is None:
+        options["do_sample"] = do_sample
+    else:  # transformers warns when an option comes beside a whole configuration
+        generation_config = copy.deepcopy(generation_config)
+        generation_config.do_sample = do_sample
+    config, _ = target._prepare_generation_config(generation_config, **options)
     _check_values(config, options, target)
     target._prepare_special_tokens(config, True, device=target.device, batch_size=len(prompts))
     eos = frozenset() if config._eos_token_tensor is None else frozenset(config._eos_token_tensor.tolist())

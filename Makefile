@@ -1,0 +1,28 @@
+# Each target makes .venv and installs by itself; a second call is instant.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: compare test test-all check clean
+
+compare: $(STAMP)  ## compare decoding methods on the bundled pair, offline
+	$(BIN)/specbeam compare $(ARGS)
+
+test: $(STAMP)  ## everything but the heavy tests
+	$(BIN)/python -m pytest -q -n 2 -m "not heavy" $(ARGS)
+
+test-all: $(STAMP)  ## also what needs a browser (Debian: apt-get install chromium) or minutes
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,browser]'
+	$(BIN)/python -m pytest -q -n 2 $(ARGS)
+
+check: $(STAMP)  ## style and types
+	$(BIN)/ruff check src tests recipes
+	$(BIN)/mypy src
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+clean:
+	rm -rf .venv dist build outputs .pytest_cache .mypy_cache .ruff_cache
