@@ -1,0 +1,1 @@
+"""Figures worked out from rows and outputs, outside the timed region."""
