@@ -245,9 +245,8 @@ def _search(target: PreTrainedModel, request: Request, num_return_sequences: int
         if not batch.live:
             return batch.output(hypotheses=found)
         if stay:
-            index = torch.tensor(stay, device=tree.device)
-            tree.keep_rows(stay)
-            beams, tips = beams.rows(index), replace(tips, visible=tips.visible[index], depth=tips.depth[index])
+            kept = tree.keep_rows(stay)
+            beams, tips = beams.rows(kept), tips.rows(kept)
         start = batch.clock.mark()
         # Surviving is gathering: each beam's new node hangs below the beam that it was continued from.
         tips = tips.pick(beams.origins[..., -1] if tips.depth.shape[1] > 1 else beams.origins[..., -1] * 0)

@@ -44,15 +44,16 @@ def decode_plainly(target: PreTrainedModel, request: Request, choose: Choose) ->
     batch = Batch(request, target)
     tree = TokenTree(adapter, len(lengths), max(lengths) + max(row.max_new_tokens for row in request.rows))
 
-    # What every live row's cache lacks: at first the prompt, then the last token.
-    missing, cached = [row.prompt for row in request.rows], [0] * len(lengths)
+    # What every live row has not read: at first the prompt, then the last token.
+    unread, tips = chain([row.prompt for row in request.rows], tree.device), tree.tips([0] * len(lengths))
     while batch.live:
         start = batch.clock.mark()
-        logits, _ = tree.extend(tree.tips(cached), chain(missing, tree.device), last_only=True)
+        logits, nodes = tree.extend(tips, unread, last_only=True)
         batch.phases["verify"].append((start, batch.clock.mark()))
         scores = process(logits, [request.rows[row].processors for row in batch.live],
                          lambda i, _: batch.rows[batch.live[i]].sequence)[:, 0]
-        tokens = choose(scores, batch.live).tolist()
+        chosen = choose(scores, batch.live)
+        tokens = chosen.tolist()
 
         prefill = not batch.rows[batch.live[0]].tokens
         for row, token in zip(batch.live, tokens, strict=True):
@@ -62,10 +63,10 @@ def decode_plainly(target: PreTrainedModel, request: Request, choose: Choose) ->
         if prefill:
             batch.prefill_done()
             batch.phases["verify"].clear()
-        cached = [n + len(ids) for n, ids in zip(cached, missing, strict=True)]
-        missing = [[token] for token in tokens]
+        tips = nodes.pick(unread.lengths[:, None] - 1)
         stay = batch.retire()
         if stay:
-            tree.keep_rows(stay)
-            cached, missing = [cached[i] for i in stay], [missing[i] for i in stay]
+            kept = tree.keep_rows(stay)
+            tips, chosen = tips.rows(kept), chosen[kept]
+        unread = chain(chosen[:, None], tree.device)
     return batch.output()

@@ -1,10 +1,11 @@
-"""Speculative decoding: a draft proposes a chain, the target checks it in one forward.
+"""Speculative decoding: a drafter proposes a tree (mostly a chain), the target checks it in one forward.
 
-Leviathan et al. 2023 (arXiv 2211.17192), Chen et al. 2023 (arXiv 2302.01318).
-Idea: (1) the draft proposes γ tokens; (2) one target forward scores all γ + 1 prefixes; (3) the longest prefix that
-the target agrees with is kept, and one token of its own follows: a correction, or a bonus if all were accepted.
-Greedy (temperature 0): the tokens of plain greedy decoding. Sampled: its distribution (rejection sampling).
-Every row of a batch accepts by itself; nobody waits for the slowest prefix.
+Leviathan et al. 2023 (arXiv 2211.17192), Chen et al. 2023 (arXiv 2302.01318); trees: SpecInfer (arXiv 2305.09781).
+Idea: (1) the drafter proposes tokens below the committed text; (2) one target forward scores them all; (3) the
+longest path that the target agrees with is kept, and one token of its own follows: a correction, or a bonus if
+nothing was left to check.
+Greedy (temperature 0): the tokens of plain greedy decoding. Sampled: its distribution (acceptance.py).
+Every row of a batch accepts by itself; nobody waits for the slowest.
 """
 
 from __future__ import annotations
@@ -15,53 +16,65 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specbeam.acceptance import greedy_match, rejection_sample
+from specbeam import acceptance as rules
 from specbeam.decoding.request import Request, settle
 from specbeam.decoding.rows import Batch
-from specbeam.drafting.draft_model import DraftModel, Proposal
+from specbeam.drafting import Drafter, Proposal, Settings, make_drafter
 from specbeam.engine.support import adapt, check_lengths
-from specbeam.engine.tree import TokenTree, chain
+from specbeam.engine.tree import Block, TokenTree, branches, chain
 from specbeam.errors import InputError
-from specbeam.sampling import draw, process, uniforms
+from specbeam.sampling import process, uniforms
 from specbeam.trace import GenerationOutput
 
+ACCEPTANCE = ("rejection", "block")
 
-def speculative_generate(target: PreTrainedModel, draft: PreTrainedModel, input_ids: Tensor | Sequence[Tensor],
+
+def speculative_generate(target: PreTrainedModel, draft: PreTrainedModel | None, input_ids: Tensor | Sequence[Tensor],
                          attention_mask: Tensor | None = None, *, draft_length: int = 4, temperature: float = 0.0,
-                         seed: int | Sequence[int] = 0, **options) -> GenerationOutput:
-    """Speculative decoding with a draft model of the same vocabulary.
+                         drafter: str = "draft_model", acceptance: str = "rejection",
+                         branching: Sequence[int] | None = None, tree_nodes: int | None = None,
+                         tree_width: int = 4, seed: int | Sequence[int] = 0, **options) -> GenerationOutput:
+    """Speculative decoding; other arguments as in `greedy_generate` and `sample_generate`.
 
-    draft_length: tokens proposed per round (γ ≥ 1). temperature: 0 is greedy, above 0 samples (`top_k`, `top_p`, …
-    are then honoured, for draft and target alike). Other arguments as in `greedy_generate` and `sample_generate`.
+    draft: a model of the target's vocabulary; None for drafters without one. draft_length: how deep a proposal goes
+    (γ ≥ 1). temperature: 0 is greedy, above 0 samples (`top_k`, `top_p`, … are then honoured, for draft and target
+    alike). drafter: a name in specbeam.drafting.DRAFTERS. branching: children per node at each depth, as [3, 2, 1, 1],
+    in place of a chain. tree_nodes: grow a tree of this many nodes, `tree_width` of them continued at each depth.
+    acceptance: when sampling, "rejection" or (chains only) "block".
     """
-    if isinstance(draft_length, bool) or not isinstance(draft_length, int) or draft_length < 1:
-        raise InputError(f"draft_length is {draft_length!r}: it is the number of tokens proposed per round, at least "
-                         "1 (greedy_generate runs without a draft).")
     if temperature < 0:
         raise InputError(f"temperature is {temperature}: give 0 for greedy, or a number above 0 to sample.")
+    if acceptance not in ACCEPTANCE:
+        raise InputError(f"acceptance is {acceptance!r}: it is one of {', '.join(ACCEPTANCE)}.")
+    if acceptance == "block" and (branching or tree_nodes):
+        raise InputError("acceptance=block judges chains, but a tree was asked for (branching or tree_nodes): use "
+                         "acceptance=rejection.")
+    settings = Settings(drafter, draft_length, tuple(branching or ()), tree_nodes or 0, tree_width)
+    settings.check(draft)
     if temperature > 0:
         options["temperature"] = temperature
     request = settle(target, input_ids, attention_mask, do_sample=temperature > 0, seed=seed, **options)
-    return _decode(target, draft, request, draft_length)
+    return _decode(target, draft, request, settings, acceptance)
 
 
 @torch.inference_mode()
-def _decode(target: PreTrainedModel, draft: PreTrainedModel, request: Request, draft_length: int
-            ) -> GenerationOutput:
+def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Request, settings: Settings,
+            acceptance: str) -> GenerationOutput:
     adapter = adapt(target)
     lengths = [len(row.prompt) for row in request.rows]
     room = [row.max_new_tokens for row in request.rows]
     check_lengths(adapter, lengths, room)
-    adapt(draft)  # a first probe of the draft is not part of anyone's prefill
+    if draft is not None:
+        adapt(draft)  # a first probe is not part of anyone's prefill
     batch = Batch(request, target)
-    tree = TokenTree(adapter, len(lengths), max(lengths) + max(room) + draft_length)
+    tree = TokenTree(adapter, len(lengths), max(lengths) + max(room) + settings.most_nodes)
 
-    logits, _ = tree.extend(tree.tips([0] * len(lengths)), chain([row.prompt for row in request.rows], tree.device),
-                            last_only=True)
-    drafter = DraftModel(draft, request, logits.shape[-1], tree.device)
-    drafter.prefill()
-    cached = lengths  # the last committed token is always still to be read
-    _, first = _choose(request, batch, logits, None)
+    unread = chain([row.prompt for row in request.rows], tree.device)
+    logits, nodes = tree.extend(tree.tips([0] * len(lengths)), unread, last_only=True)
+    tips = nodes.pick(unread.lengths[:, None] - 1)
+    drafter = make_drafter(settings, target, draft, request, logits.shape[-1])
+    drafter.observe([row.prompt[-1:] for row in request.rows], logits)
+    _, first = _choose(request, batch, logits, None, acceptance)
     for row, token in zip(batch.live, first, strict=True):
         batch.commit(row, [token], ["plain"])
     batch.prefill_done()
@@ -71,55 +84,82 @@ def _decode(target: PreTrainedModel, draft: PreTrainedModel, request: Request, d
         if not batch.live:
             return batch.output(drafts=True)
         if stay:
-            tree.keep_rows(stay)
+            tips = tips.rows(tree.keep_rows(stay))
             drafter.keep_rows(stay)
-            cached = [cached[i] for i in stay]
         states = [batch.rows[row] for row in batch.live]
 
         start = batch.clock.mark()
         # The last token of an answer is never worth a proposal behind it.
-        wanted = [min(draft_length, state.remaining - 1) for state in states]
-        proposal = drafter.propose([state.sequence for state in states], wanted) if max(wanted) else None
+        limits = [min(settings.depth, state.remaining - 1) for state in states]
+        proposal = drafter.propose([state.sequence for state in states], limits) if max(limits) else None
         drafted = batch.clock.mark()
-        last = torch.tensor([[state.tokens[-1]] for state in states], device=tree.device)
-        tokens = last if proposal is None else torch.cat([last, proposal.tokens], dim=1)
-        counts = torch.tensor(wanted, device=tree.device)
-        logits, _ = tree.extend(tree.tips(cached), chain(tokens, tree.device, counts + 1))
+        last = [state.tokens[-1] for state in states]
+        block = _block(last, proposal, tree.device)
+        logits, nodes = tree.extend(tips, block)
         batch.phases["draft"].append((start, drafted))
         batch.phases["verify"].append((drafted, batch.clock.mark()))
 
-        accepted, following = _choose(request, batch, logits, proposal)
-        chains = [[] for _ in states] if proposal is None else proposal.tokens.tolist()
-        for i, (row, kept) in enumerate(zip(batch.live, accepted, strict=True)):
-            source = "plain" if not wanted[i] else "bonus" if kept == wanted[i] else "correction"
-            became = batch.commit(row, [*chains[i][:kept], following[i]], ["draft"] * kept + [source])
-            batch.round_done(row, start, chains[i][: wanted[i]], min(kept, became), became)
+        paths, following = _choose(request, batch, logits, proposal, acceptance)
+        tips = nodes.pick(torch.tensor([[path[-1] + 1 if path else 0] for path in paths], device=tree.device))
+        for i, (row, path) in enumerate(zip(batch.live, paths, strict=True)):
+            ids: list[int] = [] if proposal is None else proposal.tokens[i]
+            ended = proposal is not None and bool(ids) and not _has_children(proposal.parents[i], path)
+            source = "plain" if not ids else "bonus" if ended else "correction"
+            became = batch.commit(row, [*(ids[node] for node in path), following[i]],
+                                  ["draft"] * len(path) + [source])
+            batch.round_done(row, start, ids, min(len(path), became), became)
         if proposal is not None:
-            drafter.accept(accepted, wanted)
-        cached = [n + kept + 1 for n, kept in zip(cached, accepted, strict=True)]
+            drafter.accept(paths)
+            drafter.observe([[token, *ids] for token, ids in zip(last, proposal.tokens, strict=True)], logits)
 
 
-def _choose(request: Request, batch: Batch, logits: Tensor, proposal: Proposal | None
-            ) -> tuple[list[int], list[int]]:
-    """How many proposals each live row keeps, and the target's token that follows them.
-
-    logits: [live, γ + 1, vocabulary], after the committed text and after each proposal.
-    """
-    proposed = torch.empty(len(logits), 0, dtype=torch.long) if proposal is None else proposal.tokens
-    counts = [0] * len(logits) if proposal is None else proposal.lengths
-    proposed, lengths = proposed.to(logits.device), torch.tensor(counts, device=logits.device)
-    rows = [request.rows[row] for row in batch.live]
-    chains = proposed.tolist()
-    p = process(logits, [row.processors for row in rows],
-                lambda i, node: [*batch.rows[batch.live[i]].sequence, *chains[i][:node]])
-    if not request.config.do_sample:
-        best = p.argmax(-1)
-        accepted = greedy_match(proposed, best, lengths)
-        return accepted.tolist(), best.gather(1, accepted[:, None]).squeeze(1).tolist()
-    uniform = uniforms([row.generator for row in rows], [n + 1 for n in counts], logits.device)
-    p = p.softmax(-1)
+def _block(last: Sequence[int], proposal: Proposal | None, device: torch.device) -> Block:
+    """What the target reads: each row's last token, and the proposals below it."""
     if proposal is None:
-        return [0] * len(logits), draw(p[:, 0], uniform[:, 0]).tolist()
-    assert proposal.probabilities is not None
-    accepted, following = rejection_sample(proposed, p, proposal.probabilities, lengths, uniform)
-    return accepted.tolist(), following.tolist()
+        return chain([[token] for token in last], device)
+    ids = [[token, *tokens] for token, tokens in zip(last, proposal.tokens, strict=True)]
+    if proposal.chained:
+        return chain(ids, device)
+    return branches([(row, [-1, *(parent + 1 for parent in parents)])
+                     for row, parents in zip(ids, proposal.parents, strict=True)], device)
+
+
+def _has_children(parents: Sequence[int], path: Sequence[int]) -> bool:
+    return (path[-1] if path else -1) in parents
+
+
+def _choose(request: Request, batch: Batch, logits: Tensor, proposal: Proposal | None, acceptance: str
+            ) -> tuple[list[list[int]], list[int]]:
+    """The proposals that each live row keeps, and the target's token that follows them.
+
+    logits: [live, 1 + longest, vocabulary], after the committed text and after each proposal.
+    """
+    rows = [request.rows[row] for row in batch.live]
+    none: list[list[int]] = [[] for _ in rows]
+    tokens, parents = (none, none) if proposal is None else (proposal.tokens, proposal.parents)
+
+    def path(row: int, node: int) -> list[int]:
+        steps, at = [], node - 1
+        while 0 <= at < len(tokens[row]):
+            steps.append(tokens[row][at])
+            at = parents[row][at]
+        return [*batch.rows[batch.live[row]].sequence, *reversed(steps)]
+
+    p = process(logits, [row.processors for row in rows], path)
+    if not request.config.do_sample:
+        kept = [rules.follow(*row) for row in zip(tokens, parents, p.argmax(-1).tolist(), strict=True)]
+        return [path for path, _ in kept], [token for _, token in kept]
+    counts = [len(ids) for ids in tokens]
+    uniform = uniforms([row.generator for row in rows], [n + 1 for n in counts], logits.device)
+    p, q = p.softmax(-1), None if proposal is None else proposal.q
+    q = None if q is None else q.to(p.device)
+    if proposal is not None and not proposal.chained:
+        kept = [rules.sample_tree(tokens[i], parents[i], p[i], None if q is None else q[i], uniform[i, : n + 1])
+                for i, n in enumerate(counts)]
+        return [path for path, _ in kept], [token for _, token in kept]
+    longest = max(counts)
+    proposed = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in tokens], dtype=torch.long,
+                            device=p.device)
+    rule = rules.block_verification if acceptance == "block" else rules.rejection_sample
+    accepted, following = rule(proposed, p, q, torch.tensor(counts, device=p.device), uniform)
+    return [list(range(n)) for n in accepted.tolist()], following.tolist()

@@ -1,1 +1,111 @@
-"""Where proposals come from: one file per drafter."""
+"""Where proposals come from: one file per drafter.
+
+A drafter serves one batch and knows neither the target nor how its proposals are accepted:
+
+    propose(sequences, limits) → Proposal    below each committed text, at most limits[b] tokens deep
+    accept(paths)                            which of the last proposals became text
+    observe(block, logits)                   what the target read and answered (token recycling learns from it)
+    keep_rows(rows)                          go on with these rows only
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Protocol
+
+from specbeam.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """One tree of proposed tokens per row, parents before children.
+
+    tokens[b]: ids. parents[b]: each token's parent in this list, -1 for the committed text. q: [rows, 1 + longest,
+    vocabulary] fp32, in row 0 the distribution that the children of the committed text were drawn from, in row i + 1
+    that of node i's children, siblings drawn one after the other without replacement; None: nothing was drawn, each
+    token is a function of the text before it (a point of probability one). source[b]: the drafter's name. why[b]:
+    why this row's proposal is as long as it is.
+    """
+
+    tokens: list[list[int]]
+    parents: list[list[int]]
+    q: Tensor | None
+    source: list[str]
+    why: list[str]
+
+    @property
+    def chained(self) -> bool:
+        """Whether every row is one chain."""
+        return all(parents == list(range(-1, len(parents) - 1)) for parents in self.parents)
+
+
+class Drafter(Protocol):
+    def propose(self, sequences: Sequence[list[int]], limits: Sequence[int]) -> Proposal: ...
+
+    def accept(self, paths: Sequence[Sequence[int]]) -> None: ...
+
+    def observe(self, tokens: Sequence[Sequence[int]], logits: Tensor) -> None: ...
+
+    def keep_rows(self, rows: Sequence[int]) -> None: ...
+
+
+DRAFTERS = {  # name → module; each module has make(settings, target, draft, request, vocabulary) → Drafter
+    "draft_model": "specbeam.drafting.draft_model",
+}
+NEEDS_DRAFT = ("draft_model",)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the caller asked of a drafter."""
+
+    drafter: str = "draft_model"
+    draft_length: int = 4
+    branching: tuple[int, ...] = ()
+    tree_nodes: int = 0
+    tree_width: int = 4
+
+    @property
+    def depth(self) -> int:
+        """How deep a proposal may go."""
+        return len(self.branching) or self.draft_length
+
+    @property
+    def most_nodes(self) -> int:
+        """How many nodes a proposal may have."""
+        if self.tree_nodes:
+            return self.tree_nodes
+        total, width = 0, 1
+        for children in self.branching or (1,) * self.draft_length:
+            width *= children
+            total += width
+        return total
+
+    def check(self, draft: object) -> None:
+        """Raises InputError for settings that make no sense, in one sentence."""
+        if self.drafter not in DRAFTERS:
+            raise InputError(f"drafter is {self.drafter!r}: it is one of {', '.join(DRAFTERS)}.")
+        if isinstance(self.draft_length, bool) or not isinstance(self.draft_length, int) or self.draft_length < 1:
+            raise InputError(f"draft_length is {self.draft_length!r}: it is the number of tokens proposed per round, "
+                             "at least 1 (greedy runs without a draft).")
+        if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in self.branching):
+            raise InputError(f"branching is {list(self.branching)}: it says how many children a node has at each "
+                             "depth, each at least 1.")
+        if self.tree_nodes < 0 or self.tree_width < 1:
+            raise InputError(f"tree_nodes is {self.tree_nodes} and tree_width {self.tree_width}: both must be at "
+                             "least 1.")
+        if self.branching and self.tree_nodes:
+            raise InputError("branching and tree_nodes were both given: a tree is either of a fixed shape or grown.")
+        if self.drafter in NEEDS_DRAFT and draft is None:
+            raise InputError(f"drafter={self.drafter} needs a draft model and none was given: give one, or choose "
+                             "another drafter.")
+
+
+def make_drafter(settings: Settings, target: Any, draft: Any, request: Any, vocabulary: int) -> Drafter:
+    """A drafter for one batch; its module is imported when it is first asked for."""
+    return import_module(DRAFTERS[settings.drafter]).make(settings, target, draft, request, vocabulary)

@@ -1,12 +1,16 @@
-"""A small model proposes: one chain per row, token by token, from its own tree and slots.
+"""A small model proposes, from its own tree and slots: one forward per depth.
 
-Leviathan et al. 2023 (arXiv 2211.17192); Chen et al. 2023 (arXiv 2302.01318).
-Idea: the draft runs ahead of the committed text. What the target rejected is simply not counted as cached any more;
-the next round first reads what the draft has not seen (one token, or two after a fully accepted round).
+Chains: Leviathan et al. 2023 (arXiv 2211.17192); Chen et al. 2023 (arXiv 2302.01318). Fixed trees: SpecInfer (Miao et
+al. 2023, arXiv 2305.09781). Grown trees: EAGLE-2 (Li et al. 2024, arXiv 2406.16858), Sequoia (arXiv 2402.12374).
+Idea: the draft runs ahead of the committed text. What the target rejected is simply no tip any more; the next round
+first reads what the draft has not seen (one token, or two after a fully accepted chain).
+Fixed shapes: with sampling, children are drawn without replacement. Grown trees keep the nodes of highest joint
+probability: nothing is drawn, so that each is a function of its prefix.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,80 +19,192 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specbeam.decoding.request import Request
+from specbeam.drafting import Proposal, Settings
 from specbeam.engine.support import adapt, check_lengths
-from specbeam.engine.tree import TokenTree, chain
-from specbeam.sampling import draw, process, uniforms
+from specbeam.engine.tree import Block, Tips, TokenTree, chain, leaves
+from specbeam.sampling import Path, draw, process, uniforms
 
 
 @dataclass(frozen=True)
-class Proposal:
-    """tokens: [rows, γ] long, of which row b's first lengths[b] count. probabilities: [rows, γ, target vocabulary]
-    fp32, the distributions they were drawn from; None when each token is the drafter's arg-max (greedy)."""
+class Shape:
+    """What a draft model's proposals look like. branching: children per node at each depth ((1, 1, 1): a chain of
+    three). nodes, when set: grow a tree of so
+    many instead, as deep, `width` of them continued at each depth."""
 
-    tokens: Tensor
-    lengths: list[int]
-    probabilities: Tensor | None
+    branching: tuple[int, ...]
+    width: int = 4
+    nodes: int = 0
+
+    @property
+    def depth(self) -> int:
+        return len(self.branching)
+
+
+def make(settings: Settings, target: PreTrainedModel, draft: PreTrainedModel, request: Request, vocabulary: int
+         ) -> DraftModel:
+    branching = settings.branching or (1,) * settings.draft_length
+    return DraftModel(draft, request, Shape(branching, settings.tree_width, settings.tree_nodes), vocabulary)
 
 
 class DraftModel:
     """Drafts for one batch."""
 
-    def __init__(self, draft: PreTrainedModel, request: Request, vocabulary: int, device: torch.device):
-        """vocabulary: width of the target's logits; device: where proposals are wanted (the target's)."""
-        self.adapter = adapt(draft)
+    name = "draft_model"
+
+    def __init__(self, draft: PreTrainedModel, request: Request, shape: Shape, vocabulary: int):
+        """Reads the prompts. vocabulary: width of the target's logits."""
         lengths = [len(row.prompt) for row in request.rows]
         room = [row.max_new_tokens for row in request.rows]
-        check_lengths(self.adapter, lengths, room, role="draft")
-        self.rows, self.vocabulary, self.target_device = list(request.rows), vocabulary, device
-        self.sampled = request.config.do_sample
-        self.tree = TokenTree(self.adapter, len(lengths), max(lengths) + max(room))
-        self.cached = [0] * len(lengths)  # tokens of each row's committed text that lie in the slots
+        check_lengths(adapt(draft), lengths, room, role="draft")
+        self.rows, self.shape, self.vocabulary = list(request.rows), shape, vocabulary
+        self.draws = request.config.do_sample and not shape.nodes
+        self.tree = TokenTree(adapt(draft), len(lengths), max(lengths) + max(room) + 2 * shape.depth)
+        prompts = chain([row.prompt for row in request.rows], self.tree.device)
+        _, nodes = self.tree.extend(self.tree.tips([0] * len(lengths)), prompts, last_only=True)
+        self.tips = nodes.pick(prompts.lengths[:, None] - 1)
+        self.read = lengths  # committed tokens behind each tip
+        self.nodes = self.tips  # of the last proposal: the committed text, then the nodes that were read
+        self.numbers: list[list[int]] = []  # of each proposed token among `nodes`
 
-    def prefill(self) -> None:
-        """Read the prompts."""
-        prompts = [row.prompt for row in self.rows]
-        self.tree.extend(self.tree.tips(self.cached), chain(prompts, self.tree.device), last_only=True)
-        self.cached = [len(prompt) for prompt in prompts]
+    def propose(self, sequences: Sequence[list[int]], limits: Sequence[int]) -> Proposal:
+        deepest = min(max(limits), self.shape.depth)
+        unread = chain([s[n:] for s, n in zip(sequences, self.read, strict=True)], self.tree.device)
+        logits, nodes = self.tree.extend(self.tips, unread, last_only=True)
+        self.nodes = nodes.pick(unread.lengths[:, None] - 1)
+        self.read = [len(s) for s in sequences]
+        if self.shape.nodes:
+            return self._grow(sequences, limits, deepest, logits)
 
-    def propose(self, sequences: Sequence[list[int]], lengths: list[int]) -> Proposal:
-        """Draft lengths[b] tokens after each committed sequence (prompt and answer; it only ever grew)."""
-        device, longest = self.tree.device, max(lengths)
-        probabilities = []
-        block = chain([s[n:] for s, n in zip(sequences, self.cached, strict=True)], device)
-        reached = [len(s) for s in sequences]
-        self.cached = list(reached)
-        tips = self.tree.tips([n - k for n, k in zip(reached, block.lengths.tolist(), strict=True)])
-        tokens = torch.empty(len(sequences), 0, dtype=torch.long, device=device)
-        for step in range(longest):
-            logits, _ = self.tree.extend(tips, block, last_only=True)
-            scores = process(self._align(logits), [row.processors for row in self.rows],
-                             lambda i, _, t=tokens: [*sequences[i], *t[i].tolist()])[:, 0]
-            runs = [step < length for length in lengths]
-            if self.sampled:
-                q = scores.softmax(-1)
-                uniform = uniforms([row.generator for row in self.rows], [int(run) for run in runs], device)
-                token = draw(q, uniform[:, 0])
-                probabilities.append(q)
-            else:
-                token = scores.argmax(-1)
-            tokens = torch.cat([tokens, token[:, None]], dim=1)
-            if step + 1 < longest:
-                tips = self.tree.tips([n + step for n in reached])
-                # A row that needs no more goes on as a pad: what it writes is never counted as cached.
-                more = torch.tensor([step + 1 < length for length in lengths], device=device)
-                block = chain(token[:, None], device, more.long())
-        q_all = torch.stack(probabilities, dim=1).to(self.target_device) if probabilities else None
-        return Proposal(tokens.to(self.target_device), lengths, q_all)
+        rows, device = len(sequences), self.tree.device
+        tokens: list[Tensor] = []  # per depth [rows, width]
+        parents: list[int] = []
+        q: list[Tensor] = []
+        above = [-1]  # the frontier: numbers of the nodes whose children come next
+        for depth in range(deepest):
+            wanted = [depth < limit for limit in limits]
+            drawn = torch.cat(tokens, 1).tolist() if tokens else [[] for _ in sequences]
+            paths = self._paths(sequences, drawn, [parents] * rows, [above] * rows)
+            scores = process(self._align(logits), [row.processors for row in self.rows], paths)
+            children, weights = self._children(scores, self.shape.branching[depth], wanted)
+            q.append(weights)
+            first = len(parents)
+            parents += [node for node in above for _ in range(self.shape.branching[depth])]
+            tokens.append(children.flatten(1))
+            above = list(range(first, len(parents)))
+            if depth + 1 < min(deepest, self.shape.depth):
+                hang = torch.tensor([parents[node] + 1 for node in above], device=device).expand(rows, -1)
+                logits = self._extend(tokens[-1], hang, [depth + 1 < limit for limit in limits])
+        flat = torch.cat(tokens, 1).tolist()
+        counts = [sum(t.shape[1] for t in tokens[: min(limit, deepest)]) for limit in limits]
+        self.numbers = [list(range(1, n + 1)) for n in counts]
+        return Proposal(
+            [ids[:n] for ids, n in zip(flat, counts, strict=True)], [parents[:n] for n in counts],
+            torch.cat(q, 1) if self.draws else None, [self.name] * rows,
+            ["length" if limit >= self.shape.depth else "end of answer" for limit in limits])
 
-    def accept(self, accepted: Sequence[int], lengths: Sequence[int]) -> None:
-        """How many of the last proposals became text: those that were also read stay cached."""
-        self.cached = [n + min(kept, max(length - 1, 0))
-                       for n, kept, length in zip(self.cached, accepted, lengths, strict=True)]
+    def _grow(self, sequences: Sequence[list[int]], limits: Sequence[int], deepest: int, logits: Tensor) -> Proposal:
+        """The `nodes` most probable nodes of a tree of which `width` nodes are continued at each depth.
+
+        A node's worth is the draft's probability of its whole path: never above its parent's, so that the best nodes
+        with their parents are always a tree.
+        """
+        rows, device, width = len(sequences), self.tree.device, self.shape.width
+        tokens = torch.empty(rows, 0, dtype=torch.long, device=device)
+        parents, numbers, depths = tokens, tokens, tokens  # of all candidates: parent, number among `nodes`, depth
+        worth = torch.empty(rows, 0, device=device)
+        above = torch.full((rows, 1), -1, device=device)
+        for depth in range(deepest):
+            paths = self._paths(sequences, tokens.tolist(), parents.tolist(), above.tolist())
+            scores = process(self._align(logits), [row.processors for row in self.rows], paths).log_softmax(-1)
+            best = scores.topk(min(width, scores.shape[-1]))
+            so_far = torch.where(above < 0, 0.0, worth.gather(1, above.clamp(min=0))) if depth else best.values[..., 0] * 0
+            joint = (best.values + so_far[..., None]).flatten(1)
+            first = tokens.shape[1]
+            tokens = torch.cat([tokens, best.indices.flatten(1)], 1)
+            parents = torch.cat([parents, above[..., None].expand_as(best.indices).flatten(1)], 1)
+            numbers = torch.cat([numbers, torch.full_like(joint, -1, dtype=torch.long)], 1)
+            depths = torch.cat([depths, torch.full_like(joint, depth, dtype=torch.long)], 1)
+            worth = torch.cat([worth, joint], 1)
+            if depth + 1 < deepest:
+                above = joint.topk(min(width, joint.shape[1])).indices + first
+                at = numbers.gather(1, parents.gather(1, above).clamp(min=0)) * (depth > 0)
+                numbers.scatter_(1, above, torch.arange(above.shape[1], device=device).expand(rows, -1)
+                                 + self.nodes.depth.shape[1])
+                logits = self._extend(tokens.gather(1, above), at, [depth + 1 < limit for limit in limits])
+        allowed = depths < torch.tensor(limits, device=device)[:, None]
+        order = worth.masked_fill(~allowed, -torch.inf).sort(dim=1, descending=True, stable=True).indices
+        proposed: tuple[list[list[int]], list[list[int]]] = ([], [])
+        self.numbers = []
+        for row, (ids, above_of, number) in enumerate(zip(tokens.tolist(), parents.tolist(), numbers.tolist(),
+                                                          strict=True)):
+            count = min(self.shape.nodes, int(allowed[row].sum()))
+            chosen = sorted(order[row, :count].tolist())
+            place = {-1: -1} | {node: i for i, node in enumerate(chosen)}
+            proposed[0].append([ids[node] for node in chosen])
+            proposed[1].append([place[above_of[node]] for node in chosen])
+            self.numbers.append([number[node] if number[node] > 0 else sys.maxsize for node in chosen])
+        return Proposal(*proposed, None, [self.name] * rows, ["node budget" if limit else "end of answer"
+                                                              for limit in limits])
+
+    def accept(self, paths: Sequence[Sequence[int]]) -> None:
+        read = self.nodes.depth.shape[1]
+        tip = []
+        for row, path in enumerate(paths):
+            known = [self.numbers[row][node] for node in path if self.numbers[row][node] < read] if path else []
+            tip.append(known[-1] if known else 0)
+            self.read[row] += len(known)
+        self.tips = self.nodes.pick(torch.tensor(tip, device=self.tree.device)[:, None])
+
+    def observe(self, tokens: Sequence[Sequence[int]], logits: Tensor) -> None:
+        """Nothing to learn from the target."""
 
     def keep_rows(self, rows: Sequence[int]) -> None:
-        """Go on with these rows only."""
-        self.tree.keep_rows(rows)
-        self.rows, self.cached = [self.rows[i] for i in rows], [self.cached[i] for i in rows]
+        kept = self.tree.keep_rows(rows)
+        self.tips = self.tips.rows(kept)
+        self.rows, self.read = [self.rows[i] for i in rows], [self.read[i] for i in rows]
+
+    def _extend(self, tokens: Tensor, hang: Tensor, wanted: Sequence[bool]) -> Tensor:
+        """Read new nodes [rows, width] below `nodes` number hang [rows, width]; they join `nodes`."""
+        real = torch.tensor(wanted, device=self.tree.device).long()
+        if tokens.shape[1] == 1:
+            block = Block(tokens, hang, torch.zeros_like(tokens), torch.ones_like(tokens).bool()[:, None], real,
+                          chained=bool((hang == hang.amax()).all()))
+        else:
+            block = leaves(tokens, hang)
+            block = Block(block.tokens, block.tip, block.depth, block.ancestors, real * tokens.shape[1])
+        logits, more = self.tree.extend(self.nodes, block)
+        self.nodes = self.nodes.join(more)
+        return logits
+
+    def _paths(self, sequences: Sequence[list[int]], tokens: list[list[int]], parents: list[list[int]],
+               above: list[list[int]]) -> Path:
+        """What lies before each frontier node's children: the committed text and the node's own path."""
+
+        def path(row: int, place: int) -> list[int]:
+            steps, node = [], above[row][place]
+            while node >= 0:
+                steps.append(tokens[row][node])
+                node = parents[row][node]
+            return [*sequences[row], *reversed(steps)]
+
+        return path
+
+    def _children(self, scores: Tensor, count: int, wanted: Sequence[bool]) -> tuple[Tensor, Tensor]:
+        """Tokens [rows, frontier, count] below each frontier node, and what they were drawn from."""
+        if not self.draws:
+            best = scores.argmax(-1, keepdim=True) if count == 1 else scores.topk(count).indices
+            return best, scores
+        q = scores.softmax(-1)
+        rows, width, _ = q.shape
+        numbers = uniforms([row.generator for row in self.rows], [width * count * int(w) for w in wanted], q.device)
+        if not numbers.shape[1]:
+            numbers = numbers.new_zeros(rows, width * count)
+        left, children = q.flatten(0, 1).clone(), []
+        for turn in range(count):
+            token = draw(left, numbers.view(rows, width, count)[..., turn].flatten())
+            children.append(token.view(rows, width))
+            left.scatter_(1, token[:, None], 0.0)  # without replacement
+        return torch.stack(children, -1), q
 
     def _align(self, logits: Tensor) -> Tensor:
         """To the target's width: ids the draft lacks have probability 0, ids the target lacks are never proposed.

@@ -144,8 +144,8 @@ def _tree_logits(adapter: Adapter) -> Tensor:
     """The same leaves' logits, as a tree over the slots; every second leaf is checked by `last_only` too."""
     tree = TokenTree(adapter, len(_PROMPTS), capacity=4)
     prompts = [_within(prompt, adapter.model) for prompt in _PROMPTS]
-    tree.extend(tree.tips([0] * len(prompts)), chain(prompts, tree.device), last_only=True)
-    tips = tree.tips([len(prompt) for prompt in prompts])
+    _, nodes = tree.extend(tree.tips([0] * len(prompts)), chain(prompts, tree.device), last_only=True)
+    tips = nodes.pick(torch.tensor([[len(prompt) - 1] for prompt in prompts], device=tree.device))
     tokens, parents = _within(_TREE[0], adapter.model), _TREE[1]
     block = branches([(tokens, parents)] * len(prompts), tree.device)
     logits, _ = tree.extend(tips, block)

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,12 +30,23 @@ class Tips:
 
     visible: Tensor
     depth: Tensor
-    contiguous: bool = False  # one tip per row that sees slots 0 … depth-1: free slots need no search
+    contiguous: bool = False  # every tip sees exactly slots 0 … depth-1: free slots need no search
 
     def pick(self, index: Tensor) -> Tips:
         """Tips [rows, k] by their number in this set (index: [rows, k] long)."""
         slots = self.visible.shape[2]
-        return Tips(self.visible.gather(1, index[..., None].expand(-1, -1, slots)), self.depth.gather(1, index))
+        visible = self.visible.gather(1, index[..., None].expand(-1, -1, slots))
+        return Tips(visible, self.depth.gather(1, index), self.contiguous)
+
+    def rows(self, index: Tensor) -> Tips:
+        """The tips of these rows only."""
+        return Tips(self.visible[index], self.depth[index], self.contiguous)
+
+    def join(self, more: Tips) -> Tips:
+        """These tips and, numbered behind them, `more` (of the same rows)."""
+        wide = max(self.visible.shape[2], more.visible.shape[2])
+        both = [torch.nn.functional.pad(t.visible, (0, wide - t.visible.shape[2])) for t in (self, more)]
+        return Tips(torch.cat(both, 1), torch.cat([self.depth, more.depth], 1), self.contiguous and more.contiguous)
 
 
 @dataclass(frozen=True)
@@ -51,6 +63,7 @@ class Block:
     depth: Tensor
     ancestors: Tensor
     lengths: Tensor
+    chained: bool = False  # one below the other
 
 
 def chain(tokens: Sequence[Sequence[int]] | Tensor, device: torch.device, lengths: Tensor | None = None) -> Block:
@@ -63,7 +76,8 @@ def chain(tokens: Sequence[Sequence[int]] | Tensor, device: torch.device, length
     if lengths is None:
         lengths = torch.full((rows,), new, device=device)
     order = torch.arange(new, device=device)
-    return Block(tokens, torch.zeros_like(tokens), order.expand(rows, -1), (order[:, None] >= order)[None], lengths)
+    return Block(tokens, torch.zeros_like(tokens), order.expand(rows, -1), (order[:, None] >= order)[None], lengths,
+                 chained=True)
 
 
 def leaves(tokens: Tensor, tip: Tensor) -> Block:
@@ -76,17 +90,18 @@ def leaves(tokens: Tensor, tip: Tensor) -> Block:
 def branches(trees: Sequence[tuple[Sequence[int], Sequence[int]]], device: torch.device) -> Block:
     """Any tree below the row's only tip: per row (tokens, parents), parents[i] < i, or -1 for the tip itself."""
     new = max(len(tokens) for tokens, _ in trees)
-    tokens = torch.zeros(len(trees), new, dtype=torch.long)
-    depth = torch.zeros_like(tokens)
-    ancestors = torch.eye(new, dtype=torch.bool).repeat(len(trees), 1, 1)
+    tokens = np.zeros((len(trees), new), dtype=np.int64)  # numpy: one element at a time is dear in torch
+    depth = np.zeros_like(tokens)
+    ancestors = np.tile(np.eye(new, dtype=bool), (len(trees), 1, 1))
     for row, (ids, parents) in enumerate(trees):
         for node, (token, parent) in enumerate(zip(ids, parents, strict=True)):
             tokens[row, node] = token
             if parent >= 0:
                 depth[row, node] = depth[row, parent] + 1
                 ancestors[row, node] |= ancestors[row, parent]
-    lengths = torch.tensor([len(ids) for ids, _ in trees])
-    return Block(*(t.to(device) for t in (tokens, torch.zeros_like(tokens), depth, ancestors, lengths)))
+    lengths = np.array([len(ids) for ids, _ in trees])
+    arrays = (tokens, np.zeros_like(tokens), depth, ancestors, lengths)
+    return Block(*(torch.from_numpy(array).to(device) for array in arrays))
 
 
 class TokenTree:
@@ -100,7 +115,7 @@ class TokenTree:
         self.high = 0  # no slot at or above it was ever written
 
     def tips(self, lengths: Sequence[int]) -> Tips:
-        """One tip per row, at the end of the chain that lies in slots 0 … length-1."""
+        """One tip per row, at the end of the chain that lies in slots 0 … length-1 (0: where a prompt begins)."""
         depth = torch.tensor(lengths, device=self.device)[:, None]
         slots = torch.arange(self.cache.capacity, device=self.device)
         return Tips((slots < depth)[:, None], depth, contiguous=True)
@@ -124,18 +139,19 @@ class TokenTree:
                                           > positions[..., None] - self.adapter.window)
         keep = (block.lengths - 1).clamp(min=0) if last_only else None
         logits = forward(self.adapter, self.cache, block.tokens, legal, visible[..., :view], near, keep)
-        return logits, Tips(visible, positions + 1)
+        return logits, Tips(visible, positions + 1, contiguous=tips.contiguous and block.chained)
 
-    def keep_rows(self, rows: Sequence[int]) -> None:
-        """Go on with these rows only (their numbers among the present ones)."""
+    def keep_rows(self, rows: Sequence[int]) -> Tensor:
+        """Go on with these rows only (their numbers among the present ones); returns them as an index."""
         index = torch.tensor(rows, device=self.device)
         self.cache.keep_rows(index)
         self.position_of = self.position_of[index]
+        return index
 
     def _free_slots(self, tips: Tips, new: int) -> Tensor:
         """[rows, new] long: the first slots that no tip sees; tells the cache where the forward writes."""
         if tips.contiguous:
-            slots = tips.depth + torch.arange(new, device=self.device)
+            slots = tips.depth.amax(1, keepdim=True) + torch.arange(new, device=self.device)
         else:
             reach = min(self.high + new, tips.visible.shape[2])
             free = ~tips.visible[..., :reach].any(1)
