@@ -61,18 +61,18 @@ def render_prompt(
     UserWarning, once a call. Raises InputError for input that makes no sense.
     """
     if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Sequence):
-        raise InputError(f"prompts is a {type(prompts).__name__}: give a list, with one prompt in it for a single one.")
+        raise InputError(f"prompts is of type {type(prompts).__name__}: give a list, with one prompt in it for a single one.")
     if not prompts:
         raise InputError("There are no prompts: the list is empty.")
     if system_prompt is not None and not isinstance(system_prompt, str):
-        raise InputError(f"system_prompt is a {type(system_prompt).__name__}: give a string or null.")
+        raise InputError(f"system_prompt is of type {type(system_prompt).__name__}: give a string or null.")
     conversations = [_messages(prompt, f"Prompt {i}") for i, prompt in enumerate(prompts, 1)]
     if system_prompt is not None:
         system = {"role": "system", "content": system_prompt}
         conversations = [chat if chat[0]["role"] == "system" else [system, *chat] for chat in conversations]
 
     template = _template(tokenizer)
-    notes: dict[str, None] = {}  # an ordered set
+    notes: set[str] = set()
     texts, rows = [], []
     for i, messages in enumerate(conversations, 1):
         if template is None:
@@ -84,7 +84,7 @@ def render_prompt(
             raise InputError(f"Prompt {i} is empty: it has no tokens, so there is nothing to continue.")
         texts.append(text)
         rows.append(ids)
-    for note in notes:
+    for note in sorted(notes):
         warnings.warn(note, UserWarning, stacklevel=2)
     return _left_padded(texts, rows, _pad_id(tokenizer), device)
 
@@ -113,21 +113,21 @@ def _messages(prompt: object, name: str) -> list[dict[str, Any]]:
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
     if not isinstance(prompt, Sequence):
-        raise InputError(f"{name} is a {type(prompt).__name__}: give a string or a list of chat messages.")
+        raise InputError(f"{name} is of type {type(prompt).__name__}: give a string or a list of chat messages.")
     if not prompt:
         raise InputError(f"{name} is an empty list of messages: give at least one user message.")
     messages = []
     for j, message in enumerate(prompt, 1):
         where = f"Message {j} of {name[0].lower()}{name[1:]}"
         if not isinstance(message, Mapping):
-            raise InputError(f"{where} is a {type(message).__name__}: give {{'role': …, 'content': …}}.")
+            raise InputError(f"{where} is of type {type(message).__name__}: give {{'role': …, 'content': …}}.")
         if absent := [key for key in ("role", "content") if key not in message]:
             raise InputError(f"{where} has no {' and no '.join(absent)}: give {{'role': …, 'content': …}}.")
         if message["role"] not in ROLES:
             raise InputError(f"{where} has the unknown role {message['role']!r}: use {', '.join(ROLES)}.")
         if not isinstance(message["content"], str):
             kind = type(message["content"]).__name__
-            raise InputError(f"The content of {where[0].lower()}{where[1:]} is a {kind}: give its text, a string.")
+            raise InputError(f"The content of {where[0].lower()}{where[1:]} is of type {kind}: give its text, a string.")
         messages.append(dict(message))
     if len(messages) > 1 and messages[-1] == {"role": "assistant", "content": ""}:
         del messages[-1]  # an empty answer to continue is an answer to begin
@@ -152,13 +152,13 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     )
 
 
-def _plain_text(messages: list[dict[str, Any]], notes: dict[str, None]) -> str:
+def _plain_text(messages: list[dict[str, Any]], notes: set[str]) -> str:
     system = [message["content"] for message in messages if message["role"] == "system" and message["content"]]
     turns = [message["content"] for message in messages if message["role"] != "system"]
     if system:
-        notes[_PLAIN_SYSTEM] = None
+        notes.add(_PLAIN_SYSTEM)
     if len(turns) > 1:
-        notes[_PLAIN_TURNS] = None
+        notes.add(_PLAIN_TURNS)
     return "\n\n".join([*system, *turns])
 
 
@@ -167,7 +167,7 @@ def _chat_text(
     template: str,
     messages: list[dict[str, Any]],
     name: str,
-    notes: dict[str, None],
+    notes: set[str],
 ) -> str:
     """The rendered conversation: as given where the template takes it, else with the least change that it takes."""
     folded = _fold_system(messages)
@@ -183,7 +183,7 @@ def _chat_text(
             refusal = refusal or error
             continue
         if all(_appears(message["content"], text) for message in attempt if message["role"] == "system"):
-            notes.update(dict.fromkeys(sorted(changes)))
+            notes.update(changes)
             return text
     reason = str(refusal).strip().splitlines() if refusal else ["it leaves the system prompt out"]
     raise InputError(

@@ -196,7 +196,7 @@ def test_several_samples_of_a_prompt_are_its_hypotheses(target):
 def test_a_stop_string_ends_the_row_and_says_so(method, target, letters):
     plain = transformers_greedy(target, IDS, MASK, max_new_tokens=10).tokens
     stop = letters.convert_ids_to_tokens(plain[0][4])
-    options = dict(max_new_tokens=10, stop_strings=[stop], tokenizer=letters, eos_token_id=None)
+    options = {"max_new_tokens": 10, "stop_strings": [stop], "tokenizer": letters, "eos_token_id": None}
     if method == "greedy":
         out = transformers_greedy(target, IDS, MASK, **options)
     else:

@@ -1,0 +1,218 @@
+"""The command line: specbeam compare | generate | report.
+
+Nothing heavy is imported until a command needs it, so that help is instant. Exit status: 0; 1 when a cell failed;
+2 for input that makes no sense, said in one sentence; 130 when interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from specbeam import __version__
+from specbeam.errors import InputError
+
+CONF = Path(__file__).resolve().parent / "conf"
+
+USAGE = """\
+specbeam: run, compare and prove LLM decoding methods on Hugging Face models.
+
+  specbeam compare [key=value …]             compare methods on prompts; the defaults need nothing else
+  specbeam generate "prompt" [key=value …]   stream one answer by one method
+  specbeam report <run folder>               show a finished run's table and write its report again
+
+  specbeam <command> --help                  every key and its default
+  specbeam --version
+
+Examples:
+  specbeam compare target=qwen2.5-3b-instruct 'only=[greedy,speculative]' max_new_tokens=128
+  specbeam compare prompt_set.path=question.jsonl prompt_set.per_category=2
+  specbeam compare 'prompts=["Why is the sky blue?"]' methods.s8='{kind: speculative, draft_length: 8}'
+  specbeam generate "Why is the sky blue?" method=speculative draft_length=8 temperature=0.7
+"""
+COMPARE = """\
+specbeam compare [key=value …] [--multirun] [--cfg job]
+
+  --multirun    run every combination of values that commas separate (batch_size=1,4), each in its own folder
+  --cfg job     print the composed config and stop
+
+"""
+GENERATE = """\
+specbeam generate "prompt" [key=value …] [--cfg job]
+
+"""
+REPORT = """\
+specbeam report <run folder>
+
+Prints the table of a finished run and writes its report.html again, from what the folder holds.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; the exit status. One sentence on standard error for an InputError."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    _utf8_output()
+    commands = {"compare": _compare, "generate": _generate, "report": _report}
+    try:
+        if not arguments or arguments[0] in ("-h", "--help", "help"):
+            print(USAGE, end="")
+            return 0
+        if arguments[0] in ("-V", "--version", "version"):
+            print(f"specbeam {__version__}")
+            return 0
+        if arguments[0] not in commands:
+            raise InputError(f"There is no command {arguments[0]!r}: use {', '.join(commands)} (specbeam --help).")
+        return commands[arguments[0]](arguments[1:])
+    except InputError as error:
+        print(f"specbeam: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `specbeam … | head`
+        sys.stderr.close()
+        return 1
+
+
+def _compare(arguments: list[str]) -> int:
+    overrides, flags = _split(arguments, ("--multirun", "-m", "--help", "-h", "--cfg"))
+    if "--help" in flags:
+        return _help(COMPARE, "config.yaml")
+    from specbeam.experiment.compose import compose, expand_sweeps
+
+    jobs = expand_sweeps(overrides) if "--multirun" in flags else [overrides]
+    configs = [compose("config", job) for job in jobs]
+    if "--cfg" in flags:
+        return _print_configs(configs)
+    _give_each_job_a_folder(configs)
+    from specbeam.experiment.plan import make_plan
+    from specbeam.experiment.run import compare
+
+    console = _console()
+    if len(configs) > 1:
+        for config in configs:
+            make_plan(config)  # no job starts when a later one makes no sense
+    status = 0
+    for number, (job, config) in enumerate(zip(jobs, configs, strict=True), start=1):
+        if len(jobs) > 1:
+            console.rule(f"{number} of {len(jobs)}: {' '.join(job)}")
+        status = max(status, compare(config, ["specbeam", "compare", *arguments], console))
+    return status
+
+
+def _generate(arguments: list[str]) -> int:
+    positional, flags = _split(arguments, ("--help", "-h", "--cfg"))
+    if "--help" in flags:
+        return _help(GENERATE, "generate.yaml")
+    if not positional:
+        raise InputError('specbeam generate needs a prompt: specbeam generate "Why is the sky blue?"')
+    from specbeam.experiment.compose import compose
+
+    config = compose("generate", positional[1:], open_top=True)
+    if "--cfg" in flags:
+        return _print_configs([config])
+    from specbeam.experiment.generate import generate
+
+    return generate(positional[0], config, _console())
+
+
+def _report(arguments: list[str]) -> int:
+    folders, flags = _split(arguments, ("--help", "-h"))
+    if "--help" in flags:
+        print(REPORT, end="")
+        return 0
+    if len(folders) != 1:
+        raise InputError(f"specbeam report takes one run folder, and got {len(folders)}.")
+    folder = Path(folders[0]).expanduser()
+    if not (folder / "summary.json").is_file():
+        raise InputError(f"{str(folder)!r} is no finished run: a folder with summary.json is wanted.")
+    from specbeam.experiment.run import show
+
+    show(folder, _console())
+    return 0
+
+
+def _split(arguments: list[str], known: tuple[str, ...]) -> tuple[list[str], set[str]]:
+    """Positional arguments and flags; `--cfg` takes `job`."""
+    positional: list[str] = []
+    flags: set[str] = set()
+    rest = iter(arguments)
+    for argument in rest:
+        if argument.partition("=")[0] == "--cfg" and "--cfg" in known:
+            what = argument.partition("=")[2] or next(rest, "")
+            if what != "job":
+                raise InputError(f"--cfg {what} is not known: use --cfg job.")
+            flags.add("--cfg")
+        elif argument.startswith("-") and argument in known:
+            flags.add({"-h": "--help", "-m": "--multirun"}.get(argument, argument))
+        elif argument.startswith("-") and not argument.startswith("-=") and len(argument.split()) == 1:
+            raise InputError(f"There is no flag {argument!r}: use {', '.join(known)}, or key=value.")
+        else:
+            positional.append(argument)
+    return positional, flags
+
+
+def _help(text: str, name: str) -> int:
+    print(text, end="")
+    print((CONF / name).read_text("utf-8"), end="")
+    groups = [folder for folder in sorted(CONF.iterdir()) if folder.is_dir() and folder.name != "__pycache__"]
+    print("\nPresets:")
+    for folder in groups:
+        if f"- {folder.name}:" in (CONF / name).read_text("utf-8"):
+            print(f"  {folder.name}={' | '.join(sorted(path.stem for path in folder.glob('*.yaml')))}")
+    return 0
+
+
+def _print_configs(configs: list[dict[str, Any]]) -> int:
+    import yaml
+
+    for number, config in enumerate(configs):
+        print("---\n" * bool(number) + yaml.safe_dump(config, sort_keys=False, allow_unicode=True), end="")
+    return 0
+
+
+def _give_each_job_a_folder(configs: list[dict[str, Any]]) -> None:
+    """Jobs of one sweep lie side by side, by number, so that the same sweep with output_dir resumes."""
+    if len(configs) < 2:
+        return
+    from specbeam.experiment.records import new_folder
+
+    base = None
+    for number, config in enumerate(configs):
+        if config["output_dir"]:
+            config["output_dir"] = str(Path(config["output_dir"]) / str(number))
+        else:
+            base = base or new_folder(Path("outputs/compare"))
+            config["output_dir"] = str(base / str(number))
+
+
+def _console() -> Any:
+    """Where tables go; also makes the notes of our own and others' code one line each, said once."""
+    from rich.console import Console
+
+    console = Console()
+    said: set[str] = set()
+
+    def say_once(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        text = " ".join(str(message).split())
+        if issubclass(category, UserWarning) and text not in said:
+            said.add(text)
+            console.print(f"note: {text}", style="yellow", highlight=False, markup=False)
+
+    class SayOnce(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            say_once(record.getMessage(), UserWarning)
+
+    warnings.simplefilter("always", UserWarning)
+    warnings.showwarning = say_once
+    logger = logging.getLogger("specbeam")
+    logger.handlers, logger.propagate = [SayOnce()], False
+    return console
+
+
+def _utf8_output() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure") and (stream.encoding or "").lower() not in ("utf-8", "utf8"):
+            stream.reconfigure(encoding="utf-8", errors="replace")

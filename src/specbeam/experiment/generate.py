@@ -1,0 +1,87 @@
+"""`specbeam generate "…"`: one answer by one method, streamed, and one line of figures."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from specbeam.errors import InputError
+from specbeam.experiment.compose import nearest
+from specbeam.experiment.loaded import Models
+from specbeam.experiment.plan import (
+    check_device_and_dtype,
+    check_draft,
+    check_text,
+    check_whole,
+    generation_options,
+    model_path,
+    plan_method,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from specbeam.experiment.plan import PlannedMethod
+    from specbeam.trace import Hypothesis, RowTrace
+
+KEYS = ("target", "draft", "method", "system_prompt", "max_new_tokens", "seed", "device", "dtype", "debug")
+
+
+def generate(prompt: str, config: dict[str, Any], console: Console) -> int:
+    """Stream one answer to standard output; figures go to `console`. Raises InputError for what makes no sense."""
+    method = plan_answer(prompt, config)
+    target = model_path(config, "target")
+    if target is None:
+        raise InputError("target.path is null: give bundled, a folder or a hub id.")
+    draft = check_draft((method,), target, model_path(config, "draft"))
+    check_device_and_dtype(config["device"], config["dtype"])
+    with console.status("loading models"):
+        models = Models(target, draft, config["device"], config["dtype"])
+    rendered = models.render([prompt], config["system_prompt"])
+    if config["debug"].get("render_input_text"):
+        from specbeam.chat import show_rendered
+
+        show_rendered(models.tokenizer, rendered, "what the model reads")
+    if method.method.family == "beam":
+        output = models.generate(method, rendered, [config["seed"]])
+        print(models.tokenizer.decode(output.tokens[0], skip_special_tokens=True))
+        console.print("(beams do not stream: the best answer is only known at the end)", style="dim", highlight=False)
+    else:
+        from transformers import TextStreamer
+
+        streamer = TextStreamer(models.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        output = models.generate(method, rendered, [config["seed"]], streamer=streamer)
+    console.print(figures(method, output.trace[0], output.hypotheses[0][0]), style="dim", highlight=False)
+    return 0
+
+
+def plan_answer(prompt: str, config: dict[str, Any]) -> PlannedMethod:
+    """Check the composed config of generate.yaml: every key it does not know is a setting of the method."""
+    if not prompt.strip():
+        raise InputError('The prompt is empty: specbeam generate "Why is the sky blue?"')
+    check_whole("max_new_tokens", config["max_new_tokens"], 1)
+    check_whole("seed", config["seed"], 0)
+    check_text("system_prompt", config["system_prompt"])
+    settings = {key: value for key, value in config.items() if key not in KEYS}
+    for key in settings:
+        known = [*KEYS, "draft_length", *generation_options()]
+        if key not in known:
+            raise InputError(f"There is no key {key!r}{nearest(key, known)}: specbeam generate --help lists them.")
+    return plan_method("", {"kind": config["method"], **settings}, config["max_new_tokens"])
+
+
+def figures(method: PlannedMethod, trace: RowTrace, answer: Hypothesis) -> str:
+    """New tokens, why it stopped, prefill and decode rate; for a method that drafts, how well that went."""
+    parts = [
+        method.kind,
+        f"{len(answer.tokens)} new tokens ({answer.finish_reason})",
+        f"prefill {trace.prefill_seconds:.2f} s",
+    ]
+    if trace.decode_seconds > 0 and len(answer.tokens) > trace.first_tokens:
+        rate = (len(answer.tokens) - trace.first_tokens) / trace.decode_seconds
+        parts.append(f"{rate:.1f} tokens a second")
+    drafted = sum(r.drafted for r in trace.rounds)
+    if drafted:
+        committed = sum(r.committed for r in trace.rounds)
+        parts.append(f"mean accepted length {committed / len(trace.rounds):.2f}")
+        parts.append(f"acceptance rate {sum(r.accepted for r in trace.rounds) / drafted:.2f}")
+    return " · ".join(parts)

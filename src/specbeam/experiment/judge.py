@@ -1,0 +1,106 @@
+"""After the timed part: the summary, figures of quality, and the probabilities of trace.jsonl."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from specbeam.experiment import records
+from specbeam.experiment.loaded import Models
+from specbeam.experiment.plan import Plan
+from specbeam.experiment.rows import Answers, conversation_of, one_line, remember
+
+
+def judge(
+    folder: Path,
+    plan: Plan,
+    rows: list[dict[str, Any]],
+    models: Models,
+    config: dict[str, Any],
+    facts: dict[str, Any],
+) -> dict[str, Any]:
+    """summary.json's content, after the timed part; also fills the probabilities into trace.jsonl."""
+    from specbeam.experiment.statistics import add_quality, summarise
+
+    notes = list(facts["notes"])
+    summary = summarise(rows, {method.label: method.settings for method in plan.methods})
+    try:
+        contexts = contexts_of(plan, rows, models, config)
+        for label, figures in add_quality(rows, contexts, models.target, models.tokenizer).items():
+            summary["methods"][label].update(figures)
+        fill_probabilities(folder, contexts, models)
+    except Exception as error:  # the figures of speed must not be lost for those of quality
+        notes.append(f"Quality figures are missing: {one_line(error)}")
+    failed = [row for row in rows if row["status"] == "failed"]
+    if failed:
+        notes.append(
+            f"{len(failed)} of {len(rows)} rows failed; the first, {failed[0]['method']} on prompt "
+            f"{failed[0]['prompt_id']}: {failed[0]['error']}"
+        )
+    alone = [method.label for method in plan.methods if not method.method.batched]
+    if alone and plan.batch_size > 1:
+        notes.append(f"{' and '.join(alone)} ran one prompt at a time: it takes no batches.")
+    return {
+        **summary,
+        "target": plan.target,
+        "draft": plan.draft,
+        "device": facts["device"],
+        "dtype": facts["dtype"],
+        "batch_size": plan.batch_size,
+        "notes": notes,
+    }
+
+
+def contexts_of(
+    plan: Plan, rows: list[dict[str, Any]], models: Models, config: dict[str, Any]
+) -> dict[tuple[str, str, int], dict[str, Any]]:
+    """(method, prompt id, turn) → input_ids, text, references, category: what was read before each answer."""
+    answers: Answers = {}
+    for row in rows:
+        remember(answers, row)
+    prompts = {prompt.id: prompt for prompt in plan.prompts}
+    first_turns: dict[str, dict[str, Any]] = {}
+    contexts = {}
+    for row in rows:
+        key = (row["method"], row["prompt_id"], row["turn"])
+        if row["status"] != "ok" or key in contexts:
+            continue
+        prompt = prompts[row["prompt_id"]]
+        if row["turn"] == 0 and prompt.id in first_turns:
+            contexts[key] = first_turns[prompt.id]
+            continue
+        rendered = models.render(
+            [conversation_of(row["method"], prompt, row["turn"], answers)], config["system_prompt"]
+        )
+        contexts[key] = {
+            "input_ids": rendered.input_ids[0].tolist(),
+            "text": rendered.text[0],
+            "references": prompt.references_of(row["turn"]),
+            "category": prompt.category,
+        }
+        if row["turn"] == 0:
+            first_turns[prompt.id] = contexts[key]
+    return contexts
+
+
+def fill_probabilities(folder: Path, contexts: dict[tuple[str, str, int], dict[str, Any]], models: Models) -> None:
+    """Target and draft probability (of the raw softmax) of each token in trace.jsonl, by teacher forcing."""
+    from specbeam.metrics.likelihood import answer_log_probabilities
+
+    traces = [trace for trace in records.read_traces(folder) if records.trace_key(trace) in contexts]
+    passes = [("target_probability", models.target, traces)]
+    if models.draft is not None:
+        passes.append(("draft_probability", models.draft, [trace for trace in traces if "draft" in trace["sources"]]))
+    for name, model, wanted in passes:
+        pairs: dict[tuple[tuple[int, ...], tuple[int, ...]], list[dict[str, Any]]] = {}
+        for trace in wanted:
+            context = contexts[records.trace_key(trace)]["input_ids"]
+            pairs.setdefault((tuple(context), tuple(trace["tokens"])), []).append(trace)
+        logs = (
+            answer_log_probabilities(model, [list(c) for c, _ in pairs], [list(a) for _, a in pairs]) if pairs else []
+        )
+        for same, values in zip(pairs.values(), logs, strict=True):
+            for trace in same:
+                trace[name] = [round(math.exp(value), 6) for value in values]
+    records.write_lines(folder / "trace.jsonl", traces)

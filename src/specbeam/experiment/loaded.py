@@ -1,0 +1,44 @@
+"""The loaded pair, and what it reads and answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from specbeam.chat import RenderedBatch
+    from specbeam.experiment.plan import PlannedMethod
+    from specbeam.experiment.prompts import Conversation
+    from specbeam.trace import GenerationOutput
+
+
+class Models:
+    """The loaded pair; `draft` is None when no method speculates."""
+
+    def __init__(self, target: str, draft: str | None, device: str | None, dtype: str | None):
+        from specbeam import models
+
+        device, dtype = device or "auto", dtype or "auto"
+        self.draft = None
+        if draft is None:
+            self.target, self.tokenizer = models.load_model(target, device=device, dtype=dtype)
+        else:
+            self.target, self.draft, self.tokenizer = models.load_pair(target, draft, device=device, dtype=dtype)
+
+    def generate(
+        self, method: PlannedMethod, batch: RenderedBatch, seeds: list[int], **changes: Any
+    ) -> GenerationOutput:
+        pair = (self.target, self.draft) if method.method.speculates else (self.target,)
+        return method.method.load()(
+            *pair,
+            batch.input_ids,
+            batch.attention_mask,
+            tokenizer=self.tokenizer,
+            seed=seeds,
+            **{**method.options, **changes},
+        )
+
+    def render(self, conversations: Sequence[Conversation], system_prompt: str | None) -> RenderedBatch:
+        from specbeam.chat import render_prompt
+
+        return render_prompt(self.tokenizer, conversations, system_prompt=system_prompt, device=self.target.device)

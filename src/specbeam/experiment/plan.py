@@ -1,0 +1,352 @@
+"""What will run: methods × prompts × repeats, checked before any model is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from specbeam.decoding import METHODS, Method, method_family
+from specbeam.errors import InputError
+from specbeam.experiment.compose import nearest
+from specbeam.experiment.prompts import Prompt, prompts_from_config
+
+TOP_KEYS = (
+    "target",
+    "draft",
+    "methods",
+    "only",
+    "prompts",
+    "prompt_set",
+    "system_prompt",
+    "batch_size",
+    "repeats",
+    "max_new_tokens",
+    "seed",
+    "device",
+    "dtype",
+    "debug",
+    "wandb",
+    "output_dir",
+    "experiment",
+)
+INNER_KEYS = {
+    "target": ("path",),
+    "draft": ("path",),
+    "prompt_set": ("path", "limit", "per_category"),
+    "debug": ("render_input_text",),
+    "wandb": ("mode", "project"),
+}
+WANDB_MODES = ("disabled", "offline", "online")
+
+SAMPLING_OPTIONS = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "top_h",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+)
+DEFAULT_BEAMS = 4  # of beam_generate
+BEAM_OPTIONS = ("num_beams", "length_penalty", "early_stopping")
+# GenerationConfig names that a method sets itself, or that make no sense here, and what to do instead.
+RESERVED = {
+    "do_sample": "the kind decides whether it samples",
+    "max_length": "use max_new_tokens",
+    "num_assistant_tokens": "use draft_length",
+    "num_assistant_tokens_schedule": "the draft length is fixed: use draft_length",
+    "assistant_confidence_threshold": "the draft length is fixed: use draft_length",
+    "num_beam_groups": "group beam search is not among the methods",
+    "diversity_penalty": "group beam search is not among the methods",
+    "constraints": "constrained beam search is not among the methods",
+    "force_words_ids": "constrained beam search is not among the methods",
+    "penalty_alpha": "contrastive search is not among the methods",
+    "dola_layers": "DoLa decoding is not among the methods",
+    "prompt_lookup_num_tokens": "prompt lookup is not among the methods",
+    "is_assistant": "the draft has its own config",
+    "use_cache": "every method uses a cache",
+    "low_memory": "beams already share one cache",
+    "return_dict_in_generate": "the run records everything",
+    "output_scores": "the run records everything",
+    "output_logits": "the run records everything",
+    "output_attentions": "the run records everything",
+    "output_hidden_states": "the run records everything",
+    "transformers_version": "it is no option of a method",
+}
+# option → (type, smallest, whether the smallest itself is allowed, largest)
+RANGES: dict[str, tuple[type, float, bool, float]] = {
+    "draft_length": (int, 1, True, float("inf")),
+    "max_new_tokens": (int, 1, True, float("inf")),
+    "min_new_tokens": (int, 0, True, float("inf")),
+    "num_beams": (int, 1, True, float("inf")),
+    "num_return_sequences": (int, 1, True, float("inf")),
+    "no_repeat_ngram_size": (int, 0, True, float("inf")),
+    "top_k": (int, 0, True, float("inf")),
+    "temperature": (float, 0, True, float("inf")),
+    "repetition_penalty": (float, 0, False, float("inf")),
+    "length_penalty": (float, float("-inf"), False, float("inf")),
+    "top_p": (float, 0, False, 1),
+    "typical_p": (float, 0, False, 1),
+    "min_p": (float, 0, True, 1),
+}
+
+
+@dataclass(frozen=True)
+class PlannedMethod:
+    """One label of the table: a kind and its options."""
+
+    label: str
+    kind: str
+    options: dict[str, Any]  # keyword arguments of the method's function, max_new_tokens among them
+    method: Method
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"kind": self.kind, **self.options}
+
+    @property
+    def samples(self) -> bool:
+        return method_family(self.kind, self.options) == "sample"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method on one batch of prompts, once. Its rows are flushed together."""
+
+    method: PlannedMethod
+    prompts: tuple[Prompt, ...]  # all of them have this turn
+    turn: int
+    repeat: int
+    batch_id: str
+
+    def keys(self) -> list[tuple[str, str, int, int]]:
+        return [(self.method.label, prompt.id, self.turn, self.repeat) for prompt in self.prompts]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked config."""
+
+    methods: tuple[PlannedMethod, ...]
+    prompts: tuple[Prompt, ...]
+    batch_size: int
+    repeats: int
+    seed: int
+    target: str
+    draft: str | None  # None when no method speculates
+
+    def cells(self) -> Iterator[Cell]:
+        """Repeats outermost; each batch is answered by every method before the next, in rotating order."""
+        for repeat in range(self.repeats):
+            position = repeat
+            for turn in range(max(prompt.answers for prompt in self.prompts)):
+                asked = [prompt for prompt in self.prompts if turn < prompt.answers]
+                for start in range(0, len(asked), self.batch_size):
+                    batch = tuple(asked[start : start + self.batch_size])
+                    shift = position % len(self.methods)
+                    position += 1
+                    for method in self.methods[shift:] + self.methods[:shift]:
+                        yield Cell(method, batch, turn, repeat, f"{method.label}/{repeat}/{turn}/{batch[0].id}")
+
+    def seed_of(self, prompt: Prompt, turn: int, repeat: int) -> int:
+        """A row's own seed: it depends neither on the batch nor on the other prompts."""
+        text = f"{self.seed}\n{prompt.id}\n{turn}\n{repeat}"
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "big")
+
+
+def make_plan(config: dict[str, Any]) -> Plan:
+    """Check the composed config of `specbeam compare`. Raises InputError, one sentence, for what makes no sense."""
+    check_keys(config)
+    for name in ("batch_size", "repeats", "max_new_tokens"):
+        check_whole(name, config.get(name), 1)
+    for name in ("limit", "per_category"):
+        if config["prompt_set"].get(name) is not None:
+            check_whole(f"prompt_set.{name}", config["prompt_set"][name], 1, "null for all")
+    check_whole("seed", config.get("seed"), 0)
+    check_text("system_prompt", config.get("system_prompt"))
+    check_text("output_dir", config.get("output_dir"))
+    mode = config["wandb"].get("mode")
+    if mode not in WANDB_MODES:
+        raise InputError(
+            f"wandb.mode is {mode!r}{nearest(str(mode), list(WANDB_MODES))}: use one of {', '.join(WANDB_MODES)}."
+        )
+    if not isinstance(config["debug"].get("render_input_text"), bool):
+        raise InputError(f"debug.render_input_text is {config['debug'].get('render_input_text')!r}: use true or false.")
+    methods = plan_methods(config.get("methods"), config.get("only"), config["max_new_tokens"])
+    target = model_path(config, "target")
+    if target is None:
+        raise InputError("target.path is null: give the bundled target (bundled), a folder or a hub id.")
+    draft = check_draft(methods, target, model_path(config, "draft"))
+    prompts = prompts_from_config(config)
+    check_device_and_dtype(config.get("device"), config.get("dtype"))
+    return Plan(methods, tuple(prompts), config["batch_size"], config["repeats"], config["seed"], target, draft)
+
+
+def check_keys(config: dict[str, Any]) -> None:
+    """Keys that `+` brought in and nothing reads; sections that are no sections."""
+    for key in config:
+        if key not in TOP_KEYS:
+            raise InputError(
+                f"There is no config key {key!r}{nearest(key, list(TOP_KEYS))}: specbeam compare --help lists them all."
+            )
+    for section, known in INNER_KEYS.items():
+        value = config.get(section)
+        if not isinstance(value, dict):
+            raise InputError(f"{section} is {value!r}, but it has keys: {', '.join(f'{section}.{k}' for k in known)}.")
+        for key in value:
+            if key not in known:
+                raise InputError(
+                    f"There is no config key '{section}.{key}'"
+                    f"{nearest(str(key), list(known))}: {section} has {', '.join(known)}."
+                )
+
+
+def plan_methods(methods: Any, only: Any, max_new_tokens: int) -> tuple[PlannedMethod, ...]:
+    """The methods to run, in the config's order. Every method is checked, also one that `only` leaves out."""
+    if not isinstance(methods, dict) or not methods:
+        raise InputError("methods is empty: name at least one, for example 'methods.greedy={kind: greedy}'.")
+    planned = [plan_method(str(label), settings, max_new_tokens) for label, settings in methods.items()]
+    if only is None:
+        return tuple(planned)
+    wanted = [only] if isinstance(only, str) else only
+    if not isinstance(wanted, list) or not wanted:
+        raise InputError(f"only is {only!r}: give a list of labels, or null to run them all.")
+    labels = [method.label for method in planned]
+    for label in wanted:
+        if label not in labels:
+            raise InputError(
+                f"only names {label!r}, which is no label of methods{nearest(str(label), labels)}: "
+                f"there are {', '.join(labels)}."
+            )
+    return tuple(method for method in planned if method.label in wanted)
+
+
+def plan_method(label: str, settings: Any, max_new_tokens: int) -> PlannedMethod:
+    """One entry of `methods`, or (label "") what `specbeam generate` was given."""
+    place = f"methods.{label}" if label else "method"
+    if not isinstance(settings, dict):
+        raise InputError(f"{place} is {settings!r}, but settings are wanted, for example {{kind: greedy}}.")
+    kind = settings.get("kind")
+    if kind is None:
+        raise InputError(f"{place} has no kind: use one of {', '.join(METHODS)}.")
+    if kind not in METHODS:
+        raise InputError(
+            f"{place}.kind is {kind!r}{nearest(str(kind), list(METHODS))}: use one of {', '.join(METHODS)}."
+        )
+    method = METHODS[kind]
+    options = {
+        "max_new_tokens": max_new_tokens,
+        **{str(key): value for key, value in settings.items() if key != "kind"},
+    }
+    for name, value in options.items():
+        check_option_name(place, kind, method, name)
+        check_option_value(place, name, value)
+    beams = options.get("num_beams") or DEFAULT_BEAMS
+    returned = options.get("num_return_sequences") or 1
+    if method.family == "beam" and returned > beams:
+        raise InputError(
+            f"{place}.num_return_sequences is {returned}, but num_beams is {beams}: there are only as "
+            "many hypotheses as beams."
+        )
+    # null says "as the target's own generation_config": the same as leaving it out
+    return PlannedMethod(label, kind, {name: value for name, value in options.items() if value is not None}, method)
+
+
+def check_option_name(place: str, kind: str, method: Method, name: str) -> None:
+    if name in method.options or name == "max_new_tokens":
+        return
+    if name in RESERVED:
+        raise InputError(f"{place}.{name} cannot be set: {RESERVED[name]}.")
+    if name == "draft_length":
+        raise InputError(f"{place}.draft_length has no effect: {kind} does not draft.")
+    if name in SAMPLING_OPTIONS and method.family != "sample" and not method.speculates:
+        sampling = ", ".join(other for other, row in METHODS.items() if row.family == "sample")
+        raise InputError(f"{place}.{name} has no effect: {kind} does not sample; the kinds {sampling} do.")
+    if name in BEAM_OPTIONS and method.family != "beam":
+        beams = ", ".join(other for other, row in METHODS.items() if row.family == "beam")
+        raise InputError(f"{place}.{name} has no effect: {kind} keeps one hypothesis; the kinds {beams} keep more.")
+    if name == "num_return_sequences" and method.family != "beam":
+        raise InputError(f"{place}.num_return_sequences has no effect: {kind} gives one answer; use more repeats.")
+    known = [*method.options, *(option for option in generation_options() if option not in RESERVED)]
+    if name not in known:
+        raise InputError(
+            f"{place}.{name} is no option of {kind}{nearest(name, known)}: options are "
+            f"{', '.join(method.options) + ' and ' if method.options else ''}"
+            "the names of transformers' GenerationConfig."
+        )
+
+
+def check_option_value(place: str, name: str, value: Any) -> None:
+    if value is None or name not in RANGES:
+        return
+    kind, low, closed, high = RANGES[name]
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is int and number and value != int(value):
+        number = False
+    if number and (low < value <= high or (closed and value == low)):
+        if kind is int and not isinstance(value, int):
+            raise InputError(f"{place}.{name} is {value!r}: write a whole number without a decimal point.")
+        return
+    what = "a whole number" if kind is int else "a number"
+    above = "" if low == float("-inf") else f" {'of at least' if closed else 'above'} {low:g}"
+    below = "" if high == float("inf") else f" and at most {high:g}"
+    raise InputError(f"{place}.{name} is {value!r}: give {what}{above}{below}.")
+
+
+def check_whole(name: str, value: Any, least: int, otherwise: str = "") -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InputError(
+            f"{name} is {value!r}: give a whole number of at least {least}{f', or {otherwise}' if otherwise else ''}."
+        )
+
+
+def check_text(name: str, value: Any) -> None:
+    if value is not None and not isinstance(value, str):
+        raise InputError(f"{name} is {value!r}: give a string or null.")
+
+
+def model_path(config: dict[str, Any], role: str) -> str | None:
+    path = config[role].get("path")
+    if path is None:
+        return None
+    if not isinstance(path, str) or not path.strip():
+        raise InputError(f"{role}.path is {path!r}: give bundled, a folder or a hub id.")
+    return path
+
+
+def check_draft(methods: tuple[PlannedMethod, ...], target: str, draft: str | None) -> str | None:
+    """The draft to load: None when no method speculates. Raises InputError when one does and there is none."""
+    speculative = [method.label for method in methods if method.method.speculates]
+    if not speculative:
+        return None
+    if draft is None:
+        plain = [method.label for method in methods if not method.method.speculates]
+        without = (
+            f"leave the speculative methods out with 'only=[{','.join(plain)}]'" if plain else "choose another method"
+        )
+        raise InputError(
+            f"{' and '.join(speculative)} need a draft model, and {target} has none: give one of the same "
+            f"vocabulary with draft.path=<folder or hub id>, or {without}."
+        )
+    return draft
+
+
+def check_device_and_dtype(device: Any, dtype: Any) -> None:
+    """Raises InputError for a device this machine lacks and for a dtype that is none (needs torch)."""
+    from specbeam.models import resolve_device, resolve_dtype
+
+    check_text("device", device)
+    check_text("dtype", dtype)
+    resolve_dtype(dtype or "auto", resolve_device(device or "auto"))
+
+
+@cache
+def generation_options() -> tuple[str, ...]:
+    """The names of transformers' GenerationConfig."""
+    from transformers import GenerationConfig
+
+    return tuple(name for name in vars(GenerationConfig()) if not name.startswith("_"))

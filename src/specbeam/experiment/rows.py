@@ -1,0 +1,150 @@
+"""What a run writes down: a row for each answer, a trace for each answer of the first repeat."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from specbeam.errors import InputError
+from specbeam.experiment.prompts import Conversation, Prompt
+
+if TYPE_CHECKING:
+    from specbeam.experiment.plan import Cell
+    from specbeam.trace import GenerationOutput, RowTrace
+
+MAX_ERROR = 400  # characters of a row's error
+
+Answers = dict[tuple[str, str, int], str]  # (method, prompt id, turn) → text of repeat 0
+
+
+def remember(answers: Answers, row: dict[str, Any]) -> None:
+    if row["repeat"] == 0 and row["status"] == "ok":
+        answers[row["method"], row["prompt_id"], row["turn"]] = row["text"]
+
+
+def conversation_of(label: str, prompt: Prompt, turn: int, answers: Answers) -> Conversation:
+    """What `label` reads at this turn. Later turns hold its own answers of repeat 0, so repeats read the same."""
+    return prompt.conversation(turn, [answers[label, prompt.id, earlier] for earlier in range(turn)])
+
+
+def row_of(
+    cell: Cell, prompt: Prompt, batch_id: str, output: GenerationOutput, index: int, tokenizer: Any
+) -> dict[str, Any]:
+    trace, best = output.trace[index], output.hypotheses[index][0]
+    return {
+        **identity(cell, prompt, batch_id),
+        "status": "ok",
+        "error": None,
+        "prompt_tokens": trace.prompt_tokens,
+        "new_tokens": len(best.tokens),
+        "first_tokens": trace.first_tokens,
+        "prefill_seconds": trace.prefill_seconds,
+        "decode_seconds": trace.decode_seconds,
+        "draft_seconds": trace.draft_seconds,
+        "verify_seconds": trace.verify_seconds,
+        "rounds": len(trace.rounds),
+        "drafted": sum(r.drafted for r in trace.rounds),
+        "accepted": sum(r.accepted for r in trace.rounds),
+        "accepted_by_position": accepted_by_position(trace),
+        "finish_reason": best.finish_reason,
+        "tokens": list(best.tokens),
+        "text": tokenizer.decode(best.tokens, skip_special_tokens=True),
+        "score": best.score,
+    }
+
+
+ROW_FIGURES = (
+    "prompt_tokens",
+    "new_tokens",
+    "first_tokens",
+    "prefill_seconds",
+    "decode_seconds",
+    "draft_seconds",
+    "verify_seconds",
+    "rounds",
+    "drafted",
+    "accepted",
+    "accepted_by_position",
+    "finish_reason",
+    "tokens",
+    "text",
+    "score",
+)
+
+
+def failed_row(cell: Cell, prompt: Prompt, batch_id: str, error: str) -> dict[str, Any]:
+    return {
+        **identity(cell, prompt, batch_id),
+        "status": "failed",
+        "error": error,
+        **dict.fromkeys(ROW_FIGURES),
+    }
+
+
+def identity(cell: Cell, prompt: Prompt, batch_id: str) -> dict[str, Any]:
+    return {
+        "method": cell.method.label,
+        "kind": cell.method.kind,
+        "prompt_id": prompt.id,
+        "turn": cell.turn,
+        "category": prompt.category,
+        "repeat": cell.repeat,
+        "batch_id": batch_id,
+    }
+
+
+def accepted_by_position(trace: RowTrace) -> list[list[int]]:
+    """[times drafted, times accepted] of the first, second, … proposal of a round."""
+    longest = max((r.drafted for r in trace.rounds), default=0)
+    return [
+        [sum(r.drafted > i for r in trace.rounds), sum(r.accepted > i for r in trace.rounds)] for i in range(longest)
+    ]
+
+
+def trace_of(
+    cell: Cell, prompt: Prompt, batch_id: str, output: GenerationOutput, index: int, tokenizer: Any
+) -> dict[str, Any]:
+    """A line of trace.jsonl; the probabilities are filled in when the timed part is over."""
+    trace, hypotheses = output.trace[index], output.hypotheses[index]
+
+    def pieces(tokens: Iterable[int]) -> list[str]:
+        return [tokenizer.decode([token]) for token in tokens]
+
+    who = identity(cell, prompt, batch_id)
+    del who["repeat"]
+    return {
+        **who,
+        "tokens": list(hypotheses[0].tokens),
+        "pieces": pieces(hypotheses[0].tokens),
+        "sources": list(trace.sources),
+        "token_rounds": list(trace.token_rounds),
+        "target_probability": None,
+        "draft_probability": None,
+        "rounds": [
+            {
+                "drafted": r.drafted,
+                "accepted": r.accepted,
+                "committed": r.committed,
+                "seconds": r.seconds,
+                "proposed": list(r.proposed),
+                "proposed_pieces": pieces(r.proposed),
+            }
+            for r in trace.rounds
+        ],
+        "hypotheses": [
+            {
+                "tokens": list(h.tokens),
+                "text": tokenizer.decode(h.tokens, skip_special_tokens=True),
+                "score": h.score,
+                "finish_reason": h.finish_reason,
+                "beams": None if h.beams is None else list(h.beams),
+            }
+            for h in hypotheses
+        ],
+    }
+
+
+def one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    text = text if isinstance(error, InputError) and text else f"{type(error).__name__}: {text}".rstrip(": ")
+    return text if len(text) <= MAX_ERROR else text[: MAX_ERROR - 1] + "…"

@@ -1,0 +1,271 @@
+"""The main job: run every cell of the plan, record its rows, then judge the answers and report.
+
+Nothing but the method itself runs inside the time it measures: rendering, decoding to text, quality figures and
+tracking come before or after.
+"""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from specbeam.errors import InputError
+from specbeam.experiment import records
+from specbeam.experiment.judge import judge
+from specbeam.experiment.loaded import Models
+from specbeam.experiment.plan import Cell, Plan, make_plan
+from specbeam.experiment.progress import Progress
+from specbeam.experiment.prompts import Prompt
+from specbeam.experiment.rows import Answers, conversation_of, failed_row, one_line, remember, row_of, trace_of
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+WARM_UP_TOKENS = 8
+
+
+def compare(config: dict[str, Any], command: list[str], console: Console) -> int:
+    """Run `specbeam compare` on a composed config. Returns the exit status: 0, or 1 when a cell failed.
+
+    Raises InputError for input that makes no sense, KeyboardInterrupt when stopped (finished rows are on disk).
+    """
+    plan = make_plan(config)
+    prompts = [prompt.as_record() for prompt in plan.prompts]
+    folder = Path(config["output_dir"] or records.new_folder(Path("outputs/compare"))).expanduser()
+    config = {**config, "output_dir": str(folder)}
+    resumed = records.open_folder(folder, config, prompts)
+    cells = list(plan.cells())
+    rows = records.keep_finished(folder, [cell.keys() for cell in cells]) if resumed else []
+    done = {records.row_key(row) for row in rows}
+    left = [cell for cell in cells if cell.keys()[0] not in done]
+    if resumed:
+        console.print(f"{folder} holds {len(cells) - len(left)} of {len(cells)} cells of this run.", highlight=False)
+    if not left and (folder / "summary.json").exists():
+        return show(folder, console)
+
+    with console.status("loading models"):
+        models = Models(plan.target, plan.draft, config["device"], config["dtype"])
+    resolved = resolve(plan, models)
+    records.record_resolved(folder, config, resolved, resumed)
+    notes = record_environment(folder, resolved, command, resumed, console)
+    if left:
+        try:
+            rows = run_cells(folder, plan, left, rows, models, config, console)
+        except KeyboardInterrupt:
+            finished = len(records.read_rows(folder / "rows.jsonl"))
+            console.print(
+                f"\nStopped: {finished} rows are in {folder / 'rows.jsonl'}; the same command with "
+                f"output_dir={folder} finishes the run.",
+                highlight=False,
+            )
+            raise
+    with console.status("judging the answers"):
+        summary = judge(folder, plan, rows, models, config, {**resolved, "notes": notes})
+    records.write_json(folder / "summary.json", summary)
+
+    from specbeam.tracking import track
+
+    for note in track(folder, config, rows, summary):
+        console.print(note, style="yellow", highlight=False)
+    return show(folder, console)
+
+
+def resolve(plan: Plan, models: Models) -> dict[str, Any]:
+    """What the loaded models decided: device, dtype, and every option in force, the checkpoint's own among them."""
+    target: Any = models.target
+    own = target.generation_config.to_diff_dict()
+    methods = {}
+    for method in plan.methods:
+        names = {name: value for name, value in method.options.items() if name not in method.method.options}
+        effective = target._prepare_generation_config(None, **names)[0].to_diff_dict()
+        methods[method.label] = {**method.settings, **effective, "do_sample": method.samples}
+    for options in (own, *methods.values()):
+        options.pop("transformers_version", None)
+    return {
+        "device": str(target.device),
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "target_generation_config": own,
+        "methods": methods,
+    }
+
+
+def record_environment(
+    folder: Path, resolved: dict[str, Any], command: list[str], resumed: bool, console: Console
+) -> list[str]:
+    """Write environment.json (a resumed run adds to it); the notes for the table: a machine that is not quiet."""
+    path = folder / "environment.json"
+    now = records.environment(resolved["device"], resolved["dtype"], command)
+    if resumed and path.exists():
+        first = records.read_json(path)
+        kept = {name: now[name] for name in ("started", "load_average", "command", "git_commit", "specbeam")}
+        now = {**first, "resumed": [*first.get("resumed", []), kept]}
+    records.write_json(path, now)
+    load, cores = records.load_average(), records.cores()
+    if load is None or load[0] < 0.75 * cores:
+        return []
+    note = (
+        f"The load average was {load[0]:g} on {cores} cores when the run started: something else is running, "
+        "and timings are not to be trusted."
+    )
+    console.print(note, style="yellow", highlight=False)
+    return [note]
+
+
+def run_cells(
+    folder: Path,
+    plan: Plan,
+    cells: list[Cell],
+    rows: list[dict[str, Any]],
+    models: Models,
+    config: dict[str, Any],
+    console: Console,
+) -> list[dict[str, Any]]:
+    """Run the cells in order; every cell's rows are on disk before the next one starts. Returns all rows."""
+    rows = list(rows)
+    answers: Answers = {}
+    for row in rows:
+        remember(answers, row)
+    shown: set[tuple[str, str, int]] = set()
+    with Progress(len(cells), console) as progress:
+        progress.say("warming up")
+        warm_up(plan, cells, models, config)
+        gc.collect()
+        gc.freeze()
+        for cell in cells:
+            progress.say(
+                f"{cell.method.label} · prompt {cell.prompts[0].id}" + (f" · turn {cell.turn + 1}" if cell.turn else "")
+            )
+            if config["debug"]["render_input_text"]:
+                show_inputs(cell, models, config, answers, shown, progress.console)
+            new, traces = run_cell(cell, plan, models, config, answers)
+            for row in new:
+                remember(answers, row)
+            if traces:
+                records.append_lines(folder / "trace.jsonl", traces)
+            records.append_lines(folder / "rows.jsonl", new)
+            rows += new
+            progress.advance()
+    gc.unfreeze()
+    return rows
+
+
+def warm_up(plan: Plan, cells: list[Cell], models: Models, config: dict[str, Any]) -> None:
+    """Each method once, a few tokens, on the first batch: allocations, probes and compilation are in no row."""
+    first = next(plan.cells()).prompts
+    seen = set()
+    for cell in cells:
+        if cell.method.label in seen:
+            continue
+        seen.add(cell.method.label)
+        batch = first if cell.method.method.batched else first[:1]
+        tokens = min(WARM_UP_TOKENS, cell.method.options["max_new_tokens"])
+        try:
+            rendered = models.render([prompt.conversation(0) for prompt in batch], config["system_prompt"])
+            models.generate(cell.method, rendered, [0] * len(batch), max_new_tokens=tokens)
+        except Exception:  # the cell itself will fail the same way, and be recorded
+            continue
+
+
+def run_cell(
+    cell: Cell, plan: Plan, models: Models, config: dict[str, Any], answers: Answers
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows and (of the first repeat) traces of one cell. What goes wrong becomes failed rows."""
+    groups = [cell.prompts] if cell.method.method.batched else [(prompt,) for prompt in cell.prompts]
+    rows: dict[str, dict[str, Any]] = {}
+    traces = []
+    for group in groups:
+        batch_id = cell.batch_id if cell.method.method.batched else f"{cell.batch_id}/{group[0].id}"
+        fitting: list[Prompt] = []
+        for prompt in group:
+            error = unanswerable(cell, prompt, models, config, answers)
+            if error:
+                rows[prompt.id] = failed_row(cell, prompt, batch_id, error)
+            else:
+                fitting.append(prompt)
+        if not fitting:
+            continue
+        gc.collect()
+        try:
+            conversations = [conversation_of(cell.method.label, prompt, cell.turn, answers) for prompt in fitting]
+            rendered = models.render(conversations, config["system_prompt"])
+            seeds = [plan.seed_of(prompt, cell.turn, cell.repeat) for prompt in fitting]
+            output = models.generate(cell.method, rendered, seeds)
+            for index, prompt in enumerate(fitting):
+                rows[prompt.id] = row_of(cell, prompt, batch_id, output, index, models.tokenizer)
+                if cell.repeat == 0:
+                    traces.append(trace_of(cell, prompt, batch_id, output, index, models.tokenizer))
+        except Exception as error:
+            traces = [trace for trace in traces if trace["batch_id"] != batch_id]
+            for prompt in fitting:
+                rows[prompt.id] = failed_row(cell, prompt, batch_id, one_line(error))
+            release_memory()
+    return [rows[prompt.id] for prompt in cell.prompts], traces
+
+
+def unanswerable(cell: Cell, prompt: Prompt, models: Models, config: dict[str, Any], answers: Answers) -> str | None:
+    """Why this prompt cannot be asked (then its batch goes on without it), or None."""
+    for earlier in range(cell.turn):
+        if (cell.method.label, prompt.id, earlier) not in answers:
+            return f"turn {earlier + 1} of the prompt failed, so that there is nothing to carry on."
+    from specbeam.engine.support import adapt, check_lengths
+
+    try:
+        adapter = adapt(models.target)
+    except InputError:
+        return None  # a model that only the baselines run: they speak for themselves
+    if cell.method.kind.startswith("transformers_") and not adapter.absolute:
+        return None
+    try:
+        conversation = conversation_of(cell.method.label, prompt, cell.turn, answers)
+        rendered = models.render([conversation], config["system_prompt"])
+        check_lengths(adapter, [rendered.input_ids.shape[1]], [cell.method.options["max_new_tokens"]])
+    except Exception as error:
+        return one_line(error)
+    return None
+
+
+def release_memory() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def show_inputs(
+    cell: Cell,
+    models: Models,
+    config: dict[str, Any],
+    answers: Answers,
+    shown: set[tuple[str, str, int]],
+    console: Console,
+) -> None:
+    """Once for each prompt, and for later turns once for each method: exactly what target and draft read."""
+    from specbeam.chat import show_rendered
+
+    for prompt in cell.prompts:
+        reader = cell.method.label if cell.turn else "every method"
+        if (reader, prompt.id, cell.turn) in shown:
+            continue
+        shown.add((reader, prompt.id, cell.turn))
+        try:
+            conversation = conversation_of(cell.method.label, prompt, cell.turn, answers)
+            rendered = models.render([conversation], config["system_prompt"])
+        except Exception as error:  # its rows will say so
+            console.print(f"prompt {prompt.id}: {one_line(error)}", highlight=False, markup=False)
+            continue
+        title = f"prompt {prompt.id}, turn {cell.turn + 1}: what {reader} reads"
+        show_rendered(models.tokenizer, rendered, title, console)
+
+
+def show(folder: Path, console: Console) -> int:
+    """The table, the report, and the exit status of a finished run folder."""
+    from specbeam.report.build import write_report
+    from specbeam.report.terminal import print_table
+
+    summary = records.read_json(folder / "summary.json")
+    print_table(summary, console)
+    report = write_report(folder)
+    console.print(f"report: {report}", highlight=False, soft_wrap=True)
+    return 1 if any(method.get("failed") for method in summary["methods"].values()) else 0

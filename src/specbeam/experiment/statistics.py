@@ -1,0 +1,345 @@
+"""Rows become `summary.json`: figures of every method, and its speed-up over the baselines with an interval.
+
+A speed-up is paired: the method's decode rate ÷ the baseline's on the same prompts, then the median over prompts
+with a 95 % bootstrap interval (Efron & Tibshirani 1993). Prompts that were decoded in one batch share its seconds
+and are one unit. Units are resampled, and within each its repeats, so the interval holds both how prompts differ
+and how the clock wobbles. Failed rows give no number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from specbeam.decoding import METHODS, method_family
+from specbeam.metrics.exactness import first_difference
+from specbeam.metrics.speed import (
+    acceptance_by_position,
+    acceptance_rate,
+    batch_seconds,
+    decode_rate,
+    decode_tokens,
+    mean_accepted_length,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Row = dict[str, Any]
+Prompt = tuple[str, int]  # prompt id and turn
+
+# Of each family: our plain method, then transformers'.
+BASELINES = {
+    "greedy": ("greedy", "transformers_greedy"),
+    "beam": ("beam", "transformers_beam"),
+    "sample": ("sample", "transformers_sample"),
+}
+# Settings that may differ between two methods which must still give the same tokens.
+_SAME_OUTPUT_ANYWAY = {"kind", "draft_length", "num_return_sequences", "temperature"}
+_RESAMPLES = 2000
+
+
+def summarise(rows: Sequence[Row], methods: Mapping[str, Mapping[str, Any]], seed: int = 0) -> dict[str, Any]:
+    """`{"methods": {label: figures}}` as DESIGN §5 fixes it; every label is there, also one without a single row.
+
+    rows: dicts of `rows.jsonl`. methods: label → settings with a `kind`, in table order. A figure without data is
+    None (never NaN, so the dict is JSON).
+    """
+    by_label: dict[str, list[Row]] = {label: [] for label in methods}
+    failed: Counter[str] = Counter()
+    for row in rows:
+        if row["method"] not in by_label:
+            continue
+        if row["status"] == "ok":
+            by_label[row["method"]].append(row)
+        else:
+            failed[row["method"]] += 1
+    return {"methods": {label: _figures(label, by_label, methods, failed[label], seed) for label in methods}}
+
+
+def baselines(label: str, methods: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Labels that `label` is compared with: of each kind in BASELINES the label of that name, else the first label
+    of that kind; never itself."""
+    found = []
+    for kind in BASELINES[method_family(methods[label]["kind"], dict(methods[label]))]:
+        own_kind = [other for other in methods if methods[other]["kind"] == kind]
+        baseline = kind if kind in own_kind else next(iter(own_kind), None)
+        if baseline is not None and baseline != label:
+            found.append(baseline)
+    return found
+
+
+def add_quality(
+    rows: Sequence[Row],
+    prompts: Mapping[tuple[str, str, int], Mapping[str, Any]],
+    target: PreTrainedModel,
+    tokenizer: Any = None,
+    methods: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """label → bleu, perplexity and their like, and the target's logit gap where outputs that should be equal part.
+
+    Of each prompt and turn the first repeat that succeeded counts. prompts: (label, prompt id, turn) → what that
+    method read (`input_ids` without padding) and the turn's `references`. methods: as for `summarise`; without it
+    the rows' kinds stand for them. Equal outputs are scored once.
+    """
+    from specbeam.metrics.exactness import logit_gap
+    from specbeam.metrics.likelihood import answer_log_probabilities, perplexity
+    from specbeam.metrics.text import bleu
+
+    answers = _first_answers(rows)
+    pairs = {
+        (tuple(prompts[label, *prompt]["input_ids"]), tuple(row["tokens"]))
+        for label, own in answers.items()
+        for prompt, row in own.items()
+    }
+    unique = sorted(pairs)
+    scored = dict(
+        zip(
+            unique,
+            answer_log_probabilities(target, [context for context, _ in unique], [answer for _, answer in unique]),
+            strict=True,
+        )
+    )
+
+    methods = methods or {row["method"]: {"kind": row["kind"]} for row in rows}
+    quality: dict[str, dict[str, Any]] = {}
+    for label, own in answers.items():
+        logs = [
+            scored[tuple(prompts[label, *prompt]["input_ids"]), tuple(row["tokens"])] for prompt, row in own.items()
+        ]
+        count = sum(map(len, logs))
+        score = bleu(
+            [row["text"] for row in own.values()], [prompts[label, *prompt]["references"] or [] for prompt in own]
+        )
+        quality[label] = {
+            "perplexity": _finite(perplexity(logs)),
+            "mean_log_probability": _finite(math.fsum(map(math.fsum, logs)) / count if count else None),
+            "bleu": _finite(score.score if score else None),
+            "bleu_signature": score.signature if score else None,
+            "bleu_prompts": score.sentences if score else 0,
+            "logit_gaps": {},
+        }
+        for baseline in baselines(label, methods):
+            if not _same_output_expected(methods[label], methods[baseline]):
+                continue
+            gaps = []
+            for prompt in _comparable(answers, label, baseline):
+                ours, theirs = own[prompt]["tokens"], answers[baseline][prompt]["tokens"]
+                gap = logit_gap(target, prompts[label, *prompt]["input_ids"], ours, theirs)
+                if gap is not None:
+                    gaps.append(round(gap, 6))
+            if gaps:
+                quality[label]["logit_gaps"][baseline] = {
+                    "differences": len(gaps),
+                    "largest": max(gaps),
+                    "smallest": min(gaps),
+                }
+    return quality
+
+
+def _figures(
+    label: str, by_label: Mapping[str, list[Row]], methods: Mapping[str, Mapping[str, Any]], failed: int, seed: int
+) -> dict[str, Any]:
+    rows, settings = by_label[label], methods[label]
+    kind = settings["kind"]
+    family = method_family(kind, dict(settings))
+    compared = baselines(label, methods)
+    seconds = batch_seconds(rows) if rows else None
+    prefill = [row["prefill_seconds"] for row in rows]
+    # Beam search may go on after its best hypothesis has ended: without speculation a round is a step all the same.
+    accepted_length = mean_accepted_length(rows) if METHODS[kind].speculates or not rows else 1.0
+    figures: dict[str, Any] = {
+        "kind": kind,
+        "family": family,
+        "batched": METHODS[kind].batched,
+        "prompts": len({_prompt(row) for row in rows}),
+        "failed": failed,
+        "new_tokens": sum(row["new_tokens"] for row in rows),
+        "decode_tokens": decode_tokens(rows),
+        "decode_seconds": _finite(seconds),
+        "decode_tokens_per_second": _finite(decode_rate(rows)),
+        "speedup": {},
+        "mean_accepted_length": _finite(accepted_length),
+        "acceptance_rate": _finite(acceptance_rate(rows)),
+        "acceptance_by_position": acceptance_by_position(rows),
+        "identical_to": {},
+        "prefill_seconds": _finite(float(np.median(prefill)) if prefill else None),
+        "draft_share": _share(rows, "draft_seconds", seconds),
+        "verify_share": _share(rows, "verify_seconds", seconds),
+        "finish_reasons": dict(sorted(Counter(row["finish_reason"] for row in rows).items())),
+        "bleu": None,
+        "perplexity": None,
+    }
+    for baseline in compared:
+        figures["speedup"][baseline] = _speedup(rows, by_label[baseline], seed)
+    answers = {name: _answers(by_label[name]) for name in (label, *compared)}
+    for baseline in compared:
+        if _same_output_expected(settings, methods[baseline]):
+            figures["identical_to"][baseline] = _identity(answers, label, baseline)
+    return figures
+
+
+def _speedup(ours: Sequence[Row], theirs: Sequence[Row], seed: int) -> dict[str, Any]:
+    """median, low, high and geometric_mean over units; `pairs` prompts counted, `left_out` had no pair of rates."""
+    rates = _paired_rates(ours, theirs)
+    every = {_prompt(row) for row in (*ours, *theirs)}
+    pairs = sum(size for size, _ in rates)
+    result: dict[str, Any] = {
+        "median": None,
+        "low": None,
+        "high": None,
+        "geometric_mean": None,
+        "pairs": pairs,
+        "left_out": len(every) - pairs,
+    }
+    if not rates:
+        return result
+    ratios = np.array([np.median(mine) / np.median(base) for _, (mine, base) in rates])
+    result["median"] = _finite(float(np.median(ratios)))
+    result["geometric_mean"] = _finite(float(np.exp(np.mean(np.log(ratios)))))
+    if len(rates) > 1 or len(rates[0][1][0]) > 1:
+        low, high = _bootstrap([pair for _, pair in rates], np.random.default_rng(seed))
+        result["low"], result["high"] = _finite(low), _finite(high)
+    return result
+
+
+def _paired_rates(ours: Sequence[Row], theirs: Sequence[Row]) -> list[tuple[int, tuple[np.ndarray, np.ndarray]]]:
+    """For each unit: how many prompts it has, and both decode rates in every repeat where both have one."""
+    unit_of = _units([*ours, *theirs])
+    cells: dict[tuple[int, int], tuple[list[Row], list[Row]]] = {}
+    for side, rows in enumerate((ours, theirs)):
+        for row in rows:
+            cells.setdefault((unit_of[_prompt(row)], row["repeat"]), ([], []))[side].append(row)
+    size = Counter(unit_of.values())
+    rates: dict[int, list[tuple[float, float]]] = {}
+    for (unit, _), (mine, base) in cells.items():
+        if {_prompt(row) for row in mine} != {_prompt(row) for row in base} or len(mine) != size[unit]:
+            continue  # a row failed on one side: the two would be rates of different prompts
+        pair = decode_rate(mine), decode_rate(base)
+        if pair[0] is not None and pair[1] is not None:
+            rates.setdefault(unit, []).append((pair[0], pair[1]))
+    return [
+        (size[unit], (np.array([p[0] for p in own]), np.array([p[1] for p in own])))
+        for unit, own in sorted(rates.items())
+    ]
+
+
+def _units(rows: Iterable[Row]) -> dict[Prompt, int]:
+    """Prompts that share a batch, in either method and any repeat, share a unit."""
+    parent: dict[Prompt, Prompt] = {}
+
+    def root(prompt: Prompt) -> Prompt:
+        while parent.setdefault(prompt, prompt) != prompt:
+            prompt = parent[prompt]
+        return prompt
+
+    first_of_batch: dict[str, Prompt] = {}
+    for row in rows:
+        prompt = _prompt(row)
+        parent[root(prompt)] = root(first_of_batch.setdefault(row["batch_id"], prompt))
+    numbers: dict[Prompt, int] = {}
+    return {prompt: numbers.setdefault(root(prompt), len(numbers)) for prompt in parent}
+
+
+def _bootstrap(pairs: Sequence[tuple[np.ndarray, np.ndarray]], random: np.random.Generator) -> tuple[float, float]:
+    """95 % percentile interval of the median ratio over units, resampling units and the repeats within each."""
+    count, most = len(pairs), max(len(mine) for mine, _ in pairs)
+    repeats = np.array([len(mine) for mine, _ in pairs])
+    table = np.zeros((2, count, most))
+    for unit, pair in enumerate(pairs):
+        for side in (0, 1):
+            table[side, unit, : repeats[unit]] = pair[side]
+    medians = np.empty(_RESAMPLES)
+    step = max(1, 1_000_000 // (count * most))  # bounds memory
+    for start in range(0, _RESAMPLES, step):
+        size = min(step, _RESAMPLES - start)
+        units = random.integers(count, size=(size, count))
+        drawn = []
+        for side in (0, 1):
+            which = (random.random((size, count, most)) * repeats[units][..., None]).astype(int)
+            drawn.append(np.median(table[side][units[..., None], which], axis=2))
+        medians[start : start + size] = np.median(drawn[0] / drawn[1], axis=1)
+    low, high = np.percentile(medians, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _identity(answers: Mapping[str, Mapping[Prompt, list[Row]]], label: str, baseline: str) -> dict[str, Any]:
+    """How many prompts have the same tokens in every repeat; where the first other one parts."""
+    firsts = {name: {prompt: own[0] for prompt, own in answers[name].items()} for name in (label, baseline)}
+    compared = _comparable(firsts, label, baseline)
+    same, first = 0, None
+    for prompt in compared:
+        theirs = firsts[baseline][prompt]["tokens"]
+        different = [row for row in answers[label][prompt] if row["tokens"] != theirs]
+        same += not different
+        if different and first is None:
+            first = {
+                "prompt_id": prompt[0],
+                "turn": prompt[1],
+                "repeat": different[0]["repeat"],
+                "position": first_difference(different[0]["tokens"], theirs),
+            }
+    return {"same": same, "of": len(compared), "first_difference": first}
+
+
+def _comparable(firsts: Mapping[str, Mapping[Prompt, Row]], label: str, baseline: str) -> list[Prompt]:
+    """Prompts that both answered, after the same conversation: a later turn follows one's own earlier answers, so
+    it counts only where those were the same."""
+    ours, theirs = firsts.get(label, {}), firsts.get(baseline, {})
+
+    def same_before(prompt_id: str, turn: int) -> bool:
+        return all(
+            (prompt_id, t) in ours
+            and (prompt_id, t) in theirs
+            and ours[prompt_id, t]["tokens"] == theirs[prompt_id, t]["tokens"]
+            for t in range(turn)
+        )
+
+    return [prompt for prompt in ours if prompt in theirs and same_before(*prompt)]
+
+
+def _answers(rows: Iterable[Row]) -> dict[Prompt, list[Row]]:
+    """Rows of each prompt and turn, by repeat."""
+    found: dict[Prompt, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row["repeat"]):
+        found.setdefault(_prompt(row), []).append(row)
+    return found
+
+
+def _first_answers(rows: Iterable[Row]) -> dict[str, dict[Prompt, Row]]:
+    """label → prompt and turn → its first row that succeeded."""
+    found: dict[str, dict[Prompt, Row]] = {}
+    for row in sorted(rows, key=lambda row: row["repeat"]):
+        own = found.setdefault(row["method"], {})
+        if row["status"] == "ok":
+            own.setdefault(_prompt(row), row)
+    return found
+
+
+def _same_output_expected(settings: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Samples differ, and a label with another beam width or penalty does something else: nothing to verify."""
+    if method_family(settings["kind"], dict(settings)) == "sample":
+        return False
+
+
+    def relevant(one: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in one.items() if name not in _SAME_OUTPUT_ANYWAY and value is not None}
+
+    return relevant(settings) == relevant(other)
+
+
+def _prompt(row: Row) -> Prompt:
+    return row["prompt_id"], row["turn"]
+
+
+def _share(rows: Sequence[Row], field: str, seconds: float | None) -> float | None:
+    part = batch_seconds(rows, field) if rows else None
+    return _finite(part / seconds) if part is not None and seconds else None
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

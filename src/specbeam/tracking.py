@@ -1,0 +1,140 @@
+"""Weights & Biases: the config, a table of samples and the summary, logged when the timed part is over.
+
+The run folder is the record; this is a copy for those who look there, and nothing here may break or delay a run.
+"""
+
+from __future__ import annotations
+
+import netrc
+import os
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlparse
+
+REACH_SECONDS = 3.0  # to answer at all
+INIT_SECONDS = 10.0  # to open a run
+FINISH_SECONDS = 30.0  # to upload; what is left then lies in the folder for `wandb sync`
+SAMPLE_COLUMNS = ("method", "prompt_id", "turn", "category", "new_tokens", "finish_reason", "text")
+DEFAULT_SERVER = "https://api.wandb.ai"
+
+
+def track(folder: Path, config: dict[str, Any], rows: list[dict[str, Any]], summary: dict[str, Any]) -> list[str]:
+    """Log a finished run as `config["wandb"]["mode"]` says; files go to `folder`/wandb.
+
+    Returns sentences for the user: none when all went well. Never raises (but KeyboardInterrupt), and an unreachable
+    server costs seconds: the run is then logged offline.
+    """
+    mode = config["wandb"]["mode"]
+    if mode == "disabled":
+        return []
+    notes = []
+    if mode == "online":
+        reason = why_not_online()
+        if reason is None:
+            try:
+                _log("online", folder, config, rows, summary)
+                return []
+            except Exception as error:  # whatever the client or the server says
+                reason = " ".join(str(error).split())[:200] or type(error).__name__
+        notes.append(
+            f"W&B could not be reached ({reason}): the run was logged offline; "
+            f"send it later with: wandb sync {folder / 'wandb'}/offline-run-*"
+        )
+    try:
+        _log("offline", folder, config, rows, summary)
+    except Exception as error:
+        notes = [
+            f"W&B logging failed ({type(error).__name__}: {' '.join(str(error).split())[:200]}): "
+            f"the run folder {folder} has everything."
+        ]
+    return notes
+
+
+def why_not_online() -> str | None:
+    """A reason not to try (no key, no answer from the server), found within seconds; None: try."""
+    server = os.environ.get("WANDB_BASE_URL") or DEFAULT_SERVER
+    if not os.environ.get("WANDB_API_KEY") and not _saved_key(server):
+        return "no API key: run `wandb login` or set WANDB_API_KEY"
+    try:
+        urllib.request.urlopen(server, timeout=REACH_SECONDS).close()
+    except urllib.error.HTTPError:
+        return None  # it answers
+    except (OSError, ValueError) as error:
+        return f"{server} does not answer: {getattr(error, 'reason', error)}"
+    return None
+
+
+def _saved_key(server: str) -> bool:
+    """Whether `wandb login` left a key for this server in the netrc file."""
+    path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
+    try:
+        return netrc.netrc(str(path)).authenticators(urlparse(server).hostname or "") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _log(
+    mode: Literal["offline", "online"],
+    folder: Path,
+    config: dict[str, Any],
+    rows: list[dict[str, Any]],
+    summary: dict[str, Any],
+) -> None:
+    (folder / "wandb").mkdir(exist_ok=True)
+    quiet = {"WANDB_SILENT": "true", "WANDB_CONSOLE": "off"}
+    home = {name: str(folder / "wandb" / "cache") for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR")}
+    before = {name: os.environ.get(name) for name in (*quiet, *home)}
+    os.environ.update(quiet)
+    for name, value in home.items():
+        os.environ.setdefault(name, value)
+    try:
+        import wandb
+
+        settings = wandb.Settings(
+            silent=True,
+            console="off",
+            init_timeout=INIT_SECONDS,
+            finish_timeout=FINISH_SECONDS,
+            x_disable_stats=True,
+            x_disable_meta=True,
+            x_save_requirements=False,
+            disable_git=True,
+            disable_code=True,
+        )
+        run = wandb.init(
+            project=config["wandb"]["project"],
+            name=folder.name,
+            dir=str(folder),
+            mode=mode,
+            config=config,
+            settings=settings,
+        )
+        try:
+            run.log({"samples": samples(wandb, rows)})
+            run.summary.update(_plain(summary["methods"]))
+        finally:
+            run.finish()
+    finally:
+        for name, old in before.items():
+            if old is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = old
+
+
+def samples(wandb: Any, rows: list[dict[str, Any]]) -> Any:
+    """A table of every answer of the first repeat."""
+    table = wandb.Table(columns=list(SAMPLE_COLUMNS))
+    for row in rows:
+        if row["status"] == "ok" and row["repeat"] == 0:
+            table.add_data(*(row[column] for column in SAMPLE_COLUMNS))
+    return table
+
+
+def _plain(figures: Any) -> Any:
+    """Without None, which a W&B summary shows as text."""
+    if isinstance(figures, dict):
+        return {str(key): _plain(value) for key, value in figures.items() if value is not None}
+    return figures
