@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from specbeam.decoding.request import Request
 from specbeam.drafting import Proposal, Settings
+from specbeam.engine.runner import embedding
 from specbeam.engine.support import adapt, check_lengths
 from specbeam.engine.tree import Block, Tips, TokenTree, chain, leaves
 from specbeam.sampling import Path, draw, process, uniforms
@@ -59,7 +60,8 @@ class DraftModel:
         self.rows, self.shape, self.vocabulary = list(request.rows), shape, vocabulary
         self.draws = request.config.do_sample and not shape.nodes
         self.tree = TokenTree(adapt(draft), len(lengths), max(lengths) + max(room) + 2 * shape.depth)
-        prompts = chain([row.prompt for row in request.rows], self.tree.device)
+        self.known = embedding(draft).shape[0]
+        prompts = self._readable([row.prompt for row in request.rows])
         _, nodes = self.tree.extend(self.tree.tips([0] * len(lengths)), prompts, last_only=True)
         self.tips = nodes.pick(prompts.lengths[:, None] - 1)
         self.read = lengths  # committed tokens behind each tip
@@ -68,7 +70,7 @@ class DraftModel:
 
     def propose(self, sequences: Sequence[list[int]], limits: Sequence[int]) -> Proposal:
         deepest = min(max(limits), self.shape.depth)
-        unread = chain([s[n:] for s, n in zip(sequences, self.read, strict=True)], self.tree.device)
+        unread = self._readable([s[n:] for s, n in zip(sequences, self.read, strict=True)])
         logits, nodes = self.tree.extend(self.tips, unread, last_only=True)
         self.nodes = nodes.pick(unread.lengths[:, None] - 1)
         self.read = [len(s) for s in sequences]
@@ -162,6 +164,11 @@ class DraftModel:
         kept = self.tree.keep_rows(rows)
         self.tips = self.tips.rows(kept)
         self.rows, self.read = [self.rows[i] for i in rows], [self.read[i] for i in rows]
+
+    def _readable(self, tokens: Sequence[list[int]]) -> Block:
+        """Committed text as the draft reads it: an id it has no embedding for (Gemma 3 4B's image token, which its
+        270M draft lacks) becomes another; that costs acceptance there and nothing else."""
+        return chain([[min(token, self.known - 1) for token in row] for row in tokens], self.tree.device)
 
     def _extend(self, tokens: Tensor, hang: Tensor, wanted: Sequence[bool]) -> Tensor:
         """Read new nodes [rows, width] below `nodes` number hang [rows, width]; they join `nodes`."""
