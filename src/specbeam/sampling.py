@@ -7,9 +7,10 @@ number from the row's own generator, so that a row's tokens depend on its seed a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import FloatTensor, LongTensor, Tensor
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as hf
 
@@ -35,14 +36,14 @@ def process(logits: Tensor, processors: Sequence[LogitsProcessorList], path: Pat
         return scores
     if all(isinstance(one, _IGNORES_HISTORY) for row in processors for one in row):
         none = torch.empty(scores.shape[0] * scores.shape[1], 0, dtype=torch.long, device=scores.device)
-        return processors[0](none, scores.flatten(0, 1)).view(scores.shape)
+        return processors[0](cast(LongTensor, none), cast(FloatTensor, scores.flatten(0, 1))).view(scores.shape)
     done = torch.empty_like(scores)
     for row, chosen in enumerate(processors):
         paths = [path(row, node) for node in range(scores.shape[1])]
         for length in sorted({len(ids) for ids in paths}):  # one call for all nodes of equal depth
             nodes = [node for node, ids in enumerate(paths) if len(ids) == length]
             ids = torch.tensor([list(paths[node]) for node in nodes], device=scores.device)
-            done[row, nodes] = chosen(ids, scores[row, nodes])
+            done[row, nodes] = chosen(cast(LongTensor, ids), cast(FloatTensor, scores[row, nodes]))
     return done
 
 

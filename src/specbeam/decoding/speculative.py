@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from specbeam import acceptance as rules
 from specbeam.decoding.request import Request, settle
 from specbeam.decoding.rows import Batch
-from specbeam.drafting import Drafter, Proposal, Settings, make_drafter
+from specbeam.drafting import Proposal, Settings, make_drafter
 from specbeam.engine.support import adapt, check_lengths
 from specbeam.engine.tree import Block, TokenTree, branches, chain
 from specbeam.errors import InputError

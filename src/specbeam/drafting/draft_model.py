@@ -22,7 +22,7 @@ from specbeam.decoding.request import Request
 from specbeam.drafting import Proposal, Settings
 from specbeam.engine.runner import embedding
 from specbeam.engine.support import adapt, check_lengths
-from specbeam.engine.tree import Block, Tips, TokenTree, chain, leaves
+from specbeam.engine.tree import Block, TokenTree, chain, leaves
 from specbeam.sampling import Path, draw, process, uniforms
 
 
@@ -119,7 +119,7 @@ class DraftModel:
             paths = self._paths(sequences, tokens.tolist(), parents.tolist(), above.tolist())
             scores = process(self._align(logits), [row.processors for row in self.rows], paths).log_softmax(-1)
             best = scores.topk(min(width, scores.shape[-1]))
-            so_far = torch.where(above < 0, 0.0, worth.gather(1, above.clamp(min=0))) if depth else best.values[..., 0] * 0
+            so_far = worth.gather(1, above) if depth else torch.zeros_like(best.values[..., 0])
             joint = (best.values + so_far[..., None]).flatten(1)
             first = tokens.shape[1]
             tokens = torch.cat([tokens, best.indices.flatten(1)], 1)

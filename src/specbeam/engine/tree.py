@@ -101,7 +101,8 @@ def branches(trees: Sequence[tuple[Sequence[int], Sequence[int]]], device: torch
                 ancestors[row, node] |= ancestors[row, parent]
     lengths = np.array([len(ids) for ids, _ in trees])
     arrays = (tokens, np.zeros_like(tokens), depth, ancestors, lengths)
-    return Block(*(torch.from_numpy(array).to(device) for array in arrays))
+    tensors = [torch.from_numpy(array).to(device) for array in arrays]
+    return Block(tensors[0], tensors[1], tensors[2], tensors[3], tensors[4])
 
 
 class TokenTree:
