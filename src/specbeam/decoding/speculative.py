@@ -19,7 +19,7 @@ from specbeam.acceptance import greedy_match, rejection_sample
 from specbeam.decoding.request import Request, settle
 from specbeam.decoding.rows import Batch
 from specbeam.drafting.draft_model import DraftModel, Proposal
-from specbeam.engine.support import adapt, check_lengths
+from specbeam.engine.support import adapt, check_lengths, evaluating
 from specbeam.engine.tree import TokenTree, chain
 from specbeam.errors import InputError
 from specbeam.sampling import draw, process, uniforms
@@ -37,12 +37,13 @@ def speculative_generate(target: PreTrainedModel, draft: PreTrainedModel, input_
     if isinstance(draft_length, bool) or not isinstance(draft_length, int) or draft_length < 1:
         raise InputError(f"draft_length is {draft_length!r}: it is the number of tokens proposed per round, at least "
                          "1 (greedy_generate runs without a draft).")
-    if temperature < 0:
-        raise InputError(f"temperature is {temperature}: give 0 for greedy, or a number above 0 to sample.")
+    if not isinstance(temperature, int | float) or not 0 <= temperature < float("inf"):
+        raise InputError(f"temperature is {temperature!r}: give 0 for greedy, or a number above 0 to sample.")
     if temperature > 0:
         options["temperature"] = temperature
-    request = settle(target, input_ids, attention_mask, do_sample=temperature > 0, seed=seed, **options)
-    return _decode(target, draft, request, draft_length)
+    request = settle(target, input_ids, attention_mask, sampled=temperature > 0, seed=seed, **options)
+    with evaluating(target, draft):
+        return _decode(target, draft, request, draft_length)
 
 
 @torch.inference_mode()

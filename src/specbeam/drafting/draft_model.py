@@ -8,15 +8,16 @@ the next round first reads what the draft has not seen (one token, or two after 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from specbeam.decoding.request import Request
+from specbeam.engine.runner import embedding
 from specbeam.engine.support import adapt, check_lengths
-from specbeam.engine.tree import TokenTree, chain
+from specbeam.engine.tree import Block, Tips, TokenTree, chain
 from specbeam.sampling import draw, process, uniforms
 
 
@@ -47,7 +48,7 @@ class DraftModel:
     def prefill(self) -> None:
         """Read the prompts."""
         prompts = [row.prompt for row in self.rows]
-        self.tree.extend(self.tree.tips(self.cached), chain(prompts, self.tree.device), last_only=True)
+        self._read(self.tree.tips(self.cached), chain(prompts, self.tree.device))
         self.cached = [len(prompt) for prompt in prompts]
 
     def propose(self, sequences: Sequence[list[int]], lengths: list[int]) -> Proposal:
@@ -60,9 +61,12 @@ class DraftModel:
         tips = self.tree.tips([n - k for n, k in zip(reached, block.lengths.tolist(), strict=True)])
         tokens = torch.empty(len(sequences), 0, dtype=torch.long, device=device)
         for step in range(longest):
-            logits, _ = self.tree.extend(tips, block, last_only=True)
-            scores = process(self._align(logits), [row.processors for row in self.rows],
-                             lambda i, _, t=tokens: [*sequences[i], *t[i].tolist()])[:, 0]
+            logits = self._read(tips, block)
+
+            def path(row: int, _: int, drafted: Tensor = tokens) -> list[int]:
+                return [*sequences[row], *drafted[row].tolist()]
+
+            scores = process(self._align(logits), [row.processors for row in self.rows], path)[:, 0]
             runs = [step < length for length in lengths]
             if self.sampled:
                 q = scores.softmax(-1)
@@ -89,6 +93,12 @@ class DraftModel:
         """Go on with these rows only."""
         self.tree.keep_rows(rows)
         self.rows, self.cached = [self.rows[i] for i in rows], [self.cached[i] for i in rows]
+
+    def _read(self, tips: Tips, block: Block) -> Tensor:
+        """Logits [rows, 1, draft vocabulary] after each row's last node. A token that the draft lacks is read as its
+        last one: a worse guess, nothing more."""
+        last = embedding(self.adapter.model).shape[0] - 1
+        return self.tree.extend(tips, replace(block, tokens=block.tokens.clamp(max=last)), last_only=True)[0]
 
     def _align(self, logits: Tensor) -> Tensor:
         """To the target's width: ids the draft lacks have probability 0, ids the target lacks are never proposed.
