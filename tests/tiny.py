@@ -15,7 +15,7 @@ _BASE = dict(
     pad_token_id=0)
 _SLIDES = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
 _GEMMA = dict(_BASE, num_hidden_layers=4, head_dim=32, sliding_window=8, layer_types=_SLIDES,
-              query_pre_attn_scalar=32)
+              query_pre_attn_scalar=32, tie_word_embeddings=False)  # tied, the last token outshouts its context
 
 
 def _gemma3_conditional() -> hf.PretrainedConfig:
@@ -24,7 +24,7 @@ def _gemma3_conditional() -> hf.PretrainedConfig:
     return hf.Gemma3Config(
         text_config=hf.Gemma3TextConfig(**_GEMMA).to_dict(), vision_config=vision.to_dict(), mm_tokens_per_image=4,
         image_token_index=VOCABULARY - 1, boi_token_index=VOCABULARY - 2, eoi_token_index=VOCABULARY - 3,
-        bos_token_id=1, eos_token_id=EOS, pad_token_id=0)
+        bos_token_id=1, eos_token_id=EOS, pad_token_id=0, tie_word_embeddings=False)
 
 
 def _configs() -> dict[str, hf.PretrainedConfig]:

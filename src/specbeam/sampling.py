@@ -14,7 +14,10 @@ from torch import FloatTensor, LongTensor, Tensor
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as hf
 
-# These look at the scores only. With nothing else in the list, all rows and nodes go through in one call.
+from specbeam.errors import InputError
+
+# These look at the scores only (a subclass may do otherwise). With nothing else in the list, all rows and nodes go
+# through in one call.
 _IGNORES_HISTORY = (
     hf.TemperatureLogitsWarper, hf.TopKLogitsWarper, hf.TopPLogitsWarper, hf.MinPLogitsWarper,
     hf.TypicalLogitsWarper, hf.EpsilonLogitsWarper, hf.EtaLogitsWarper, hf.SuppressTokensLogitsProcessor,
@@ -34,7 +37,7 @@ def process(logits: Tensor, processors: Sequence[LogitsProcessorList], path: Pat
     scores = logits.float()
     if not any(processors):
         return scores
-    if all(isinstance(one, _IGNORES_HISTORY) for row in processors for one in row):
+    if all(type(one) in _IGNORES_HISTORY for row in processors for one in row):
         none = torch.empty(scores.shape[0] * scores.shape[1], 0, dtype=torch.long, device=scores.device)
         return processors[0](cast(LongTensor, none), cast(FloatTensor, scores.flatten(0, 1))).view(scores.shape)
     done = torch.empty_like(scores)
@@ -59,8 +62,11 @@ def draw(weights: Tensor, uniform: Tensor) -> Tensor:
     """Tokens [rows] drawn in proportion to non-negative weights [rows, vocabulary] by uniform numbers [rows].
 
     The smallest token whose cumulative weight exceeds `uniform` × total: one of weight 0 is never drawn.
+    Raises InputError where no token has a weight (all are excluded by processors, or the logits are NaN).
     """
     cumulative = weights.double().cumsum(-1)
     total = cumulative[:, -1]
+    if not bool((total > 0).all()):
+        raise InputError("there is no token to draw: the options exclude all of them, or the model's logits are NaN.")
     below = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, below[:, None], right=True).squeeze(1)

@@ -16,7 +16,10 @@ class Round:
     accepted: int  # proposals that became output; those behind an EOS or a stop are not counted
     committed: int  # tokens (beam search: steps) that became output
     seconds: float  # of the whole batch's round: drafting, verifying, accepting
-    proposed: tuple[int, ...] = ()  # the drafted token ids, in order
+    proposed: tuple[int, ...] = ()  # the drafted token ids, parents before children
+    parents: tuple[int, ...] = ()  # of each proposed token, its parent among them; -1: the committed text
+    drafter: str = "plain"  # who proposed
+    why: str = ""  # why the proposal was as long as it was
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class RowTrace:
     prompt_tokens: int
     first_tokens: int  # tokens known when prefill ended
     rounds: tuple[Round, ...]  # after prefill; prefill is none
-    sources: tuple[str, ...]  # of each new token: plain | draft | correction | bonus
+    sources: tuple[str, ...]  # of each new token: plain | draft (or another drafter's name) | correction | bonus
     token_rounds: tuple[int, ...]  # of each new token: 0 = prefill, then 1, 2, …
     prefill_seconds: float  # target and draft
     decode_seconds: float  # from the first new token to the last of the batch

@@ -9,6 +9,7 @@ import netrc
 import os
 import urllib.error
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
@@ -17,7 +18,6 @@ REACH_SECONDS = 3.0  # to answer at all
 INIT_SECONDS = 10.0  # to open a run
 FINISH_SECONDS = 30.0  # to upload; what is left then lies in the folder for `wandb sync`
 SAMPLE_COLUMNS = ("method", "prompt_id", "turn", "category", "new_tokens", "finish_reason", "text")
-DEFAULT_SERVER = "https://api.wandb.ai"
 
 
 def track(folder: Path, config: dict[str, Any], rows: list[dict[str, Any]], summary: dict[str, Any]) -> list[str]:
@@ -54,25 +54,34 @@ def track(folder: Path, config: dict[str, Any], rows: list[dict[str, Any]], summ
 
 def why_not_online() -> str | None:
     """A reason not to try (no key, no answer from the server), found within seconds; None: try."""
-    server = os.environ.get("WANDB_BASE_URL") or DEFAULT_SERVER
-    if not os.environ.get("WANDB_API_KEY") and not _saved_key(server):
+    server = _server()
+    if not _has_key(server):
         return "no API key: run `wandb login` or set WANDB_API_KEY"
     try:
         urllib.request.urlopen(server, timeout=REACH_SECONDS).close()
     except urllib.error.HTTPError:
         return None  # it answers
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         return f"{server} does not answer: {getattr(error, 'reason', error)}"
     return None
 
 
-def _saved_key(server: str) -> bool:
-    """Whether `wandb login` left a key for this server in the netrc file."""
+def _server() -> str:
+    import wandb
+
+    return os.environ.get("WANDB_BASE_URL") or str(wandb.setup().settings.base_url)
+
+
+def _has_key(server: str) -> bool:
+    """Whether there is a key, so that the client need not ask for one: in the environment or left by `wandb login`."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
     path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
     try:
-        return netrc.netrc(str(path)).authenticators(urlparse(server).hostname or "") is not None
+        saved = netrc.netrc(str(path))
     except (OSError, netrc.NetrcParseError):
         return False
+    return any(saved.authenticators(host) for host in (urlparse(server).hostname or "", "api.wandb.ai"))
 
 
 def _log(
@@ -92,24 +101,29 @@ def _log(
     try:
         import wandb
 
-        settings = wandb.Settings(
-            silent=True,
-            console="off",
-            init_timeout=INIT_SECONDS,
-            finish_timeout=FINISH_SECONDS,
-            x_disable_stats=True,
-            x_disable_meta=True,
-            x_save_requirements=False,
-            disable_git=True,
-            disable_code=True,
-        )
+        wanted: dict[str, Any] = {
+            "silent": True,
+            "console": "off",
+            "login_timeout": REACH_SECONDS,  # should the client want to ask for a key after all
+            "init_timeout": INIT_SECONDS,
+            "finish_timeout": FINISH_SECONDS,
+            "x_disable_stats": True,
+            "x_disable_meta": True,
+            "x_save_requirements": False,
+            "disable_git": True,
+            "disable_code": True,
+        }
+        if mode == "online":
+            wanted["base_url"] = _server()
+        # an older client lacks some of them
+        known = {name: value for name, value in wanted.items() if name in wandb.Settings.model_fields}
         run = wandb.init(
             project=config["wandb"]["project"],
             name=folder.name,
             dir=str(folder),
             mode=mode,
             config=config,
-            settings=settings,
+            settings=wandb.Settings(**known),
         )
         try:
             run.log({"samples": samples(wandb, rows)})

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from specbeam.decoding.greedy import greedy_generate
 from specbeam.decoding.request import Request, settle
 from specbeam.decoding.rows import Batch, stops
-from specbeam.engine.support import adapt, check_lengths
+from specbeam.engine.support import adapt, check_lengths, evaluating
 from specbeam.engine.tree import TokenTree, chain, leaves
 from specbeam.errors import InputError
 from specbeam.sampling import process
@@ -85,9 +85,10 @@ def beam_generate(target: PreTrainedModel, input_ids: Tensor | Sequence[Tensor],
                          "stream greedy_generate.")
     if num_beams == 1:
         return greedy_generate(target, input_ids, attention_mask, **options)
-    request = settle(target, input_ids, attention_mask, do_sample=False, num_beams=num_beams,
-                     num_return_sequences=num_return_sequences, **options)
-    return _search(target, request, num_return_sequences)
+    request = settle(target, input_ids, attention_mask, sampled=False,
+                     beams=(num_beams, num_return_sequences), **options)
+    with evaluating(target):
+        return _search(target, request, num_return_sequences)
 
 
 def ranking(request: Request) -> Ranking:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from specbeam.decoding.request import Request, settle
 from specbeam.decoding.rows import Batch
-from specbeam.engine.support import adapt, check_lengths
+from specbeam.engine.support import adapt, check_lengths, evaluating
 from specbeam.engine.tree import TokenTree, chain
 from specbeam.sampling import process
 from specbeam.trace import GenerationOutput
@@ -31,8 +31,9 @@ def greedy_generate(target: PreTrainedModel, input_ids: Tensor | Sequence[Tensor
     (for `stop_strings`), `streamer`, `logits_processor`, `stopping_criteria`, `generation_config`.
     Raises InputError for options that cannot be honoured and for prompts beyond the context.
     """
-    request = settle(target, input_ids, attention_mask, do_sample=False, **options)
-    return decode_plainly(target, request, lambda scores, _: scores.argmax(-1))
+    request = settle(target, input_ids, attention_mask, sampled=False, **options)
+    with evaluating(target):
+        return decode_plainly(target, request, lambda scores, _: scores.argmax(-1))
 
 
 @torch.inference_mode()

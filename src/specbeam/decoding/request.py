@@ -30,6 +30,8 @@ _REFUSED = {
     "output_logits": (None, False), "output_attentions": (None, False), "output_hidden_states": (None, False),
     "encoder_repetition_penalty": (None, 1), "encoder_no_repeat_ngram_size": (None, 0),
     "assistant_early_exit": (None,), "return_dict_in_generate": (None, False, True),
+    "num_assistant_tokens": (None,), "num_assistant_tokens_schedule": (None,),
+    "assistant_confidence_threshold": (None,), "max_matching_ngram_size": (None,),
 }
 # Also in force when they come from the checkpoint's generation_config, where they would change the output.
 _REFUSED_FROM_CHECKPOINT = ("guidance_scale", "watermarking_config", "penalty_alpha", "dola_layers", "token_healing",
@@ -59,41 +61,48 @@ class Request:
 
 def settle(
     target: Any, input_ids: Tensor | Sequence[Tensor], attention_mask: Tensor | None, *,
-    do_sample: bool, seed: int | Sequence[int] = 0, tokenizer: Any = None, streamer: Any = None,
+    sampled: bool, beams: tuple[int, int] = (1, 1), seed: int | Sequence[int] = 0, tokenizer: Any = None,
+    streamer: Any = None,
     logits_processor: LogitsProcessorList | None = None, stopping_criteria: StoppingCriteriaList | None = None,
     prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None = None,
     generation_config: GenerationConfig | None = None, **options: Any,
 ) -> Request:
-    """Raises InputError, in one sentence, for anything that cannot be honoured."""
+    """beams: num_beams and num_return_sequences. Raises InputError, in one sentence, for anything that cannot be
+    honoured."""
     _check_names(options)
     prompts = prompt_rows(input_ids, attention_mask)
+    _check_tokens(prompts, embedding(target).shape[0])
     if streamer is not None and len(prompts) > 1:
         raise InputError(f"streamer was given with a batch of {len(prompts)} prompts, whose rows grow at different "
                          "speeds: stream one prompt at a time.")
-    if generation_config is None:
-        options["do_sample"] = do_sample
-    else:  # transformers warns when an option comes beside a whole configuration
+    no_length = not any((options.get("max_length"), generation_config and generation_config.max_length,
+                         target.generation_config.max_length))
+    fixed = {"do_sample": sampled, "num_beams": beams[0], "num_return_sequences": beams[1]}
+    if generation_config is not None:  # transformers warns when an option comes beside a whole configuration
         generation_config = copy.deepcopy(generation_config)
-        generation_config.do_sample = do_sample
-    config, _ = target._prepare_generation_config(generation_config, **options)
+        _said(partial(generation_config.update, **fixed))
+    else:
+        options |= fixed
+    config, _ = _said(partial(target._prepare_generation_config, generation_config, **options))
+    if no_length:
+        config.max_length = None  # transformers' default of 20 is of new tokens, not of the whole
     _check_values(config, options, target)
     target._prepare_special_tokens(config, True, device=target.device, batch_size=len(prompts))
     eos = frozenset() if config._eos_token_tensor is None else frozenset(config._eos_token_tensor.tolist())
-    seeds = list(seed) if isinstance(seed, Sequence) else [seed + row for row in range(len(prompts))]
-    if len(seeds) != len(prompts):
-        raise InputError(f"seed has {len(seeds)} entries for {len(prompts)} prompts: give one number, or one per row.")
+    seeds = _seeds(seed, len(prompts))
+    context = getattr(target.config, "max_position_embeddings", None)
 
     rows = []
     for number, prompt in enumerate(prompts):
         own = copy.copy(config)
-        own.max_length = len(prompt) + _room(config, len(prompt))
+        own.max_length = len(prompt) + _room(config, len(prompt), context)
         if own.min_new_tokens is not None:
             own.min_length = len(prompt) + own.min_new_tokens
-        processors = target._get_logits_processor(
-            generation_config=own, input_ids_seq_length=len(prompt),
+        processors = _said(partial(
+            target._get_logits_processor, generation_config=own, input_ids_seq_length=len(prompt),
             logits_processor=logits_processor or LogitsProcessorList(),
             prefix_allowed_tokens_fn=prefix_allowed_tokens_fn and partial(_allowed, prefix_allowed_tokens_fn, number),
-            device=target.device)
+            device=target.device))
         generator = torch.Generator().manual_seed(seeds[number])
         rows.append(Row(prompt, own.max_length - len(prompt), processors, generator))
 
@@ -114,6 +123,11 @@ def prompt_rows(input_ids: Tensor | Sequence[Tensor], attention_mask: Tensor | N
     """Token ids of each prompt without padding: from [rows, length] with a mask (padding on either side), or from a
     list of 1-D tensors."""
     if not isinstance(input_ids, Tensor):
+        if attention_mask is not None:
+            raise InputError("attention_mask was given with a list of prompts, which has no padding: leave it out.")
+        if any(isinstance(row, str | int) for row in input_ids):
+            raise InputError("input_ids is a list, but not of one sequence of token ids per prompt: give [rows, "
+                             "length] or a list of 1-D tensors (text goes through the tokenizer first).")
         rows = [torch.as_tensor(row).flatten().tolist() for row in input_ids]
     elif input_ids.dim() != 2:
         raise InputError(f"input_ids has shape {tuple(input_ids.shape)}: give [rows, length], or a list of 1-D "
@@ -132,12 +146,39 @@ def prompt_rows(input_ids: Tensor | Sequence[Tensor], attention_mask: Tensor | N
     return rows
 
 
-def _room(config: GenerationConfig, prompt_tokens: int) -> int:
-    """How many new tokens a prompt of this length may have: `max_new_tokens`, else `max_length`, else 20."""
+def _check_tokens(prompts: list[list[int]], size: int) -> None:
+    for number, prompt in enumerate(prompts):
+        if wrong := [token for token in prompt if not isinstance(token, int) or not 0 <= token < size]:
+            raise InputError(f"prompt {number} of {len(prompts)} has the token id {wrong[0]}, but the target's ids are "
+                             f"the whole numbers from 0 to {size - 1}.")
+
+
+def _seeds(seed: int | Sequence[int], rows: int) -> list[int]:
+    seeds = list(seed) if isinstance(seed, Sequence) else [seed]
+    if wrong := [one for one in seeds if not isinstance(one, int) or not -2**63 <= one < 2**63 - rows]:
+        raise InputError(f"seed is {wrong[0]!r}: give a whole number of 64 bits, or a list with one per row.")
+    if not isinstance(seed, Sequence):
+        return [seed + row for row in range(rows)]
+    if len(seeds) != rows:
+        raise InputError(f"seed has {len(seeds)} entries for {rows} prompts: give one number, or one per row.")
+    return seeds
+
+
+def _said(ask: Callable[[], Any]) -> Any:
+    """What transformers answers; its complaint about an option becomes ours."""
+    try:
+        return ask()
+    except (ValueError, TypeError) as error:
+        raise InputError(f"transformers does not take these options: {str(error).splitlines()[0]}") from error
+
+
+def _room(config: GenerationConfig, prompt_tokens: int, context: int | None) -> int:
+    """How many new tokens a prompt of this length may have: `max_new_tokens`, else `max_length`, else 20 (or what is
+    left of the context)."""
     if config.max_new_tokens is not None:
         return config.max_new_tokens
     if config.max_length is None:
-        return 20
+        return min(20, context - prompt_tokens) if context is not None and prompt_tokens < context else 20
     if config.max_length <= prompt_tokens:
         raise InputError(f"max_length is {config.max_length}, but the prompt alone has {prompt_tokens} tokens: set "
                          "max_new_tokens instead.")
@@ -150,6 +191,10 @@ def _check_names(options: dict[str, Any]) -> None:
         if name == "do_sample":
             raise InputError("do_sample is not an option here: the method says it (greedy_generate, sample_generate, "
                              "speculative_generate with temperature > 0).")
+        if name in ("num_beams", "num_return_sequences"):  # beam_generate takes them by name
+            if options[name] in (None, 1):
+                continue
+            raise InputError(f"{name}={options[name]!r} belongs to beam search: use beam_generate, or leave it out.")
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             raise InputError(f"there is no option {name!r}" + (f"; did you mean {near[0]!r}?" if near else
@@ -162,8 +207,10 @@ def _check_values(config: GenerationConfig, options: dict[str, Any], target: Any
         if value not in harmless and (name in options or name in _REFUSED_FROM_CHECKPOINT):
             raise InputError(f"{name}={value!r} is not supported by specbeam's methods: leave it out, or use a "
                              "transformers_* method.")
-    if config.max_new_tokens is not None and config.max_new_tokens < 1:
-        raise InputError(f"max_new_tokens is {config.max_new_tokens}: it must be at least 1.")
+    for name in ("max_new_tokens", "max_length"):
+        value = getattr(config, name)
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise InputError(f"{name} is {value!r}: it must be a whole number of at least 1.")
     if config.do_sample and config.temperature is not None and config.temperature <= 0:
         raise InputError(f"temperature is {config.temperature}: sampling needs one above 0 (greedy decoding is the "
                          "limit of 0: use greedy_generate).")

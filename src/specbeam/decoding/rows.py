@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ class RowState:
     tokens: list[int] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
     token_rounds: list[int] = field(default_factory=list)
-    rounds: list[tuple[int, int, int, Any, Any, tuple[int, ...]]] = field(default_factory=list)
+    rounds: list[tuple[Any, Any, Round]] = field(default_factory=list)  # begin, end, and the rest
     finish_reason: str | None = None
     first_tokens: int = 0
 
@@ -101,8 +101,10 @@ class Batch:
         for state in self.rows:
             state.first_tokens = len(state.tokens)
 
-    def round_done(self, row: int, start: Any, drafted: Sequence[int], accepted: int, committed: int) -> None:
-        self.rows[row].rounds.append((len(drafted), accepted, committed, start, self.clock.mark(), tuple(drafted)))
+    def round_done(self, row: int, start: Any, proposed: Sequence[int], accepted: int, committed: int,
+                   parents: Sequence[int] = (), drafter: str = "plain", why: str = "") -> None:
+        done = Round(len(proposed), accepted, committed, 0.0, tuple(proposed), tuple(parents), drafter, why)
+        self.rows[row].rounds.append((start, self.clock.mark(), done))
 
     def retire(self) -> list[int] | None:
         """Take ended rows out of `live`. The numbers, among the old live rows, of those that stay; None: all."""
@@ -122,8 +124,7 @@ class Batch:
         return GenerationOutput(hypotheses, [
             RowTrace(
                 prompt_tokens=len(row.prompt), first_tokens=row.first_tokens,
-                rounds=tuple(Round(drafted, accepted, committed, self.clock.seconds(start, end), proposed)
-                             for drafted, accepted, committed, start, end, proposed in row.rounds),
+                rounds=tuple(replace(done, seconds=self.clock.seconds(start, end)) for start, end, done in row.rounds),
                 sources=tuple(row.sources), token_rounds=tuple(row.token_rounds),
                 prefill_seconds=self.clock.seconds(self.started, self.prefilled),
                 decode_seconds=self.clock.seconds(self.prefilled, self.ended),

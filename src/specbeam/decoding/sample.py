@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from specbeam.decoding.greedy import decode_plainly
 from specbeam.decoding.request import settle
+from specbeam.engine.support import evaluating
 from specbeam.sampling import draw, uniforms
 from specbeam.trace import GenerationOutput
 
@@ -26,10 +27,11 @@ def sample_generate(target: PreTrainedModel, input_ids: Tensor | Sequence[Tensor
     seed: row b draws with seed + b; or one seed per row. `temperature`, `top_k`, … left unset come from the target's
     generation_config and transformers' defaults (top_k = 50; switch it off with top_k=0).
     """
-    request = settle(target, input_ids, attention_mask, do_sample=True, seed=seed, **options)
+    request = settle(target, input_ids, attention_mask, sampled=True, seed=seed, **options)
 
     def choose(scores: Tensor, live: list[int]) -> Tensor:
         uniform = uniforms([request.rows[row].generator for row in live], [1] * len(live), scores.device)
         return draw(scores.softmax(-1), uniform[:, 0])
 
-    return decode_plainly(target, request, choose)
+    with evaluating(target):
+        return decode_plainly(target, request, choose)

@@ -20,7 +20,8 @@ from specbeam import acceptance as rules
 from specbeam.decoding.request import Request, settle
 from specbeam.decoding.rows import Batch
 from specbeam.drafting import Proposal, Settings, make_drafter
-from specbeam.engine.support import adapt, check_lengths
+from specbeam.drafting.length import Length
+from specbeam.engine.support import adapt, check_lengths, evaluating
 from specbeam.engine.tree import Block, TokenTree, branches, chain
 from specbeam.errors import InputError
 from specbeam.sampling import process, uniforms
@@ -30,31 +31,36 @@ ACCEPTANCE = ("rejection", "block")
 
 
 def speculative_generate(target: PreTrainedModel, draft: PreTrainedModel | None, input_ids: Tensor | Sequence[Tensor],
-                         attention_mask: Tensor | None = None, *, draft_length: int = 4, temperature: float = 0.0,
+                         attention_mask: Tensor | None = None, *, draft_length: int | str = 4,
+                         confidence_threshold: float = 0.0, costs: str | None = None, temperature: float = 0.0,
                          drafter: str = "draft_model", acceptance: str = "rejection",
                          branching: Sequence[int] | None = None, tree_nodes: int | None = None,
                          tree_width: int = 4, seed: int | Sequence[int] = 0, **options) -> GenerationOutput:
     """Speculative decoding; other arguments as in `greedy_generate` and `sample_generate`.
 
     draft: a model of the target's vocabulary; None for drafters without one. draft_length: how deep a proposal goes
-    (γ ≥ 1). temperature: 0 is greedy, above 0 samples (`top_k`, `top_p`, … are then honoured, for draft and target
-    alike). drafter: a name in specbeam.drafting.DRAFTERS. branching: children per node at each depth, as [3, 2, 1, 1],
-    in place of a chain. tree_nodes: grow a tree of this many nodes, `tree_width` of them continued at each depth.
-    acceptance: when sampling, "rejection" or (chains only) "block".
+    (γ ≥ 1), or "auto": as deep as it pays (drafting/length.py; `costs`: a file that freezes what it learned).
+    confidence_threshold: stop a proposal where the draft's largest probability is below it. temperature: 0 is greedy,
+    above 0 samples (`top_k`, `top_p`, … are then honoured, for draft and target alike). drafter: a name in
+    specbeam.drafting.DRAFTERS. branching: children per node at each depth, as [3, 2, 1, 1], in place of a chain.
+    tree_nodes: grow a tree of so many nodes, `tree_width` of them continued at each depth. acceptance: when sampling,
+    "rejection" or (chains only) "block".
     """
-    if temperature < 0:
-        raise InputError(f"temperature is {temperature}: give 0 for greedy, or a number above 0 to sample.")
+    if not isinstance(temperature, int | float) or not 0 <= temperature < float("inf"):
+        raise InputError(f"temperature is {temperature!r}: give 0 for greedy, or a number above 0 to sample.")
     if acceptance not in ACCEPTANCE:
         raise InputError(f"acceptance is {acceptance!r}: it is one of {', '.join(ACCEPTANCE)}.")
     if acceptance == "block" and (branching or tree_nodes):
         raise InputError("acceptance=block judges chains, but a tree was asked for (branching or tree_nodes): use "
                          "acceptance=rejection.")
-    settings = Settings(drafter, draft_length, tuple(branching or ()), tree_nodes or 0, tree_width)
+    settings = Settings(drafter, draft_length, tuple(branching or ()), tree_nodes or 0, tree_width,
+                        confidence_threshold, costs)
     settings.check(draft)
     if temperature > 0:
         options["temperature"] = temperature
-    request = settle(target, input_ids, attention_mask, do_sample=temperature > 0, seed=seed, **options)
-    return _decode(target, draft, request, settings, acceptance)
+    request = settle(target, input_ids, attention_mask, sampled=temperature > 0, seed=seed, **options)
+    with evaluating(target, *([] if draft is None else [draft])):
+        return _decode(target, draft, request, settings, acceptance)
 
 
 @torch.inference_mode()
@@ -73,6 +79,7 @@ def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
     logits, nodes = tree.extend(tree.tips([0] * len(lengths)), unread, last_only=True)
     tips = nodes.pick(unread.lengths[:, None] - 1)
     drafter = make_drafter(settings, target, draft, request, logits.shape[-1])
+    length = Length(settings, target, draft, len(lengths))
     drafter.observe([row.prompt[-1:] for row in request.rows], logits)
     _, first = _choose(request, batch, logits, None, acceptance)
     for row, token in zip(batch.live, first, strict=True):
@@ -86,28 +93,42 @@ def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
         if stay:
             tips = tips.rows(tree.keep_rows(stay))
             drafter.keep_rows(stay)
+            length.keep_rows(stay)
         states = [batch.rows[row] for row in batch.live]
 
         start = batch.clock.mark()
         # The last token of an answer is never worth a proposal behind it.
-        limits = [min(settings.depth, state.remaining - 1) for state in states]
-        proposal = drafter.propose([state.sequence for state in states], limits) if max(limits) else None
+        limits = length.limits([min(settings.depth, state.remaining - 1) for state in states])
+        proposal = None
+        if max(limits):
+            proposal = drafter.propose([state.sequence for state in states], limits, length)
+            proposal = length.trim(proposal)
         drafted = batch.clock.mark()
         last = [state.tokens[-1] for state in states]
         block = _block(last, proposal, tree.device)
         logits, nodes = tree.extend(tips, block)
         batch.phases["draft"].append((start, drafted))
-        batch.phases["verify"].append((drafted, batch.clock.mark()))
+        verified = batch.clock.mark()
+        batch.phases["verify"].append((drafted, verified))
 
         paths, following = _choose(request, batch, logits, proposal, acceptance)
         tips = nodes.pick(torch.tensor([[path[-1] + 1 if path else 0] for path in paths], device=tree.device))
+        became = []
         for i, (row, path) in enumerate(zip(batch.live, paths, strict=True)):
             ids: list[int] = [] if proposal is None else proposal.tokens[i]
-            ended = proposal is not None and bool(ids) and not _has_children(proposal.parents[i], path)
-            source = "plain" if not ids else "bonus" if ended else "correction"
-            became = batch.commit(row, [*(ids[node] for node in path), following[i]],
-                                  ["draft"] * len(path) + [source])
-            batch.round_done(row, start, ids, min(len(path), became), became)
+            parents: list[int] = [] if proposal is None else proposal.parents[i]
+            name = "plain" if proposal is None else proposal.source[i]
+            # Below the path's end nothing was proposed: what follows was no correction.
+            last_source = "plain" if not ids else "correction" if (path[-1] if path else -1) in parents else "bonus"
+            count = batch.commit(row, [*(ids[node] for node in path), following[i]],
+                                 ["draft" if name == "draft_model" else name] * len(path) + [last_source])
+            batch.round_done(row, start, ids, min(len(path), count), count, parents, name, length.why[i])
+            became.append(count)
+        if length.auto:
+            end = batch.clock.mark()
+            spans = [(start, drafted), (drafted, verified), (start, end)]
+            length.round_done(proposal, paths, became, [batch.clock.seconds(*span) for span in spans],
+                              block.tokens.shape[1])
         if proposal is not None:
             drafter.accept(paths)
             drafter.observe([[token, *ids] for token, ids in zip(last, proposal.tokens, strict=True)], logits)
@@ -122,10 +143,6 @@ def _block(last: Sequence[int], proposal: Proposal | None, device: torch.device)
         return chain(ids, device)
     return branches([(row, [-1, *(parent + 1 for parent in parents)])
                      for row, parents in zip(ids, proposal.parents, strict=True)], device)
-
-
-def _has_children(parents: Sequence[int], path: Sequence[int]) -> bool:
-    return (path[-1] if path else -1) in parents
 
 
 def _choose(request: Request, batch: Batch, logits: Tensor, proposal: Proposal | None, acceptance: str

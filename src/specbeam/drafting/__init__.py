@@ -2,16 +2,17 @@
 
 A drafter serves one batch and knows neither the target nor how its proposals are accepted:
 
-    propose(sequences, limits) → Proposal    below each committed text, at most limits[b] tokens deep
-    accept(paths)                            which of the last proposals became text
-    observe(block, logits)                   what the target read and answered (token recycling learns from it)
-    keep_rows(rows)                          go on with these rows only
+    propose(sequences, limits, length) → Proposal   below each committed text, at most limits[b] tokens deep, and
+                                                    no longer than `length` (length.py) finds worth it
+    accept(paths)                                   which of the last proposals became text
+    observe(tokens, logits)                         what the target read and answered (token recycling learns from it)
+    keep_rows(rows)                                 go on with these rows only
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,6 +20,8 @@ from specbeam.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from specbeam.drafting.length import Length
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class Proposal:
     vocabulary] fp32, in row 0 the distribution that the children of the committed text were drawn from, in row i + 1
     that of node i's children, siblings drawn one after the other without replacement; None: nothing was drawn, each
     token is a function of the text before it (a point of probability one). source[b]: the drafter's name. why[b]:
-    why this row's proposal is as long as it is.
+    why this row's proposal is as long as it is. confidence[b]: of chains by a draft model whose length adapts, its
+    largest probability before each token. forwards: how often the drafter ran a model.
     """
 
     tokens: list[list[int]]
@@ -37,6 +41,8 @@ class Proposal:
     q: Tensor | None
     source: list[str]
     why: list[str]
+    confidence: list[list[float]] = field(default_factory=list)
+    forwards: int = 0
 
     @property
     def chained(self) -> bool:
@@ -45,7 +51,7 @@ class Proposal:
 
 
 class Drafter(Protocol):
-    def propose(self, sequences: Sequence[list[int]], limits: Sequence[int]) -> Proposal: ...
+    def propose(self, sequences: Sequence[list[int]], limits: Sequence[int], length: Length) -> Proposal: ...
 
     def accept(self, paths: Sequence[Sequence[int]]) -> None: ...
 
@@ -57,6 +63,7 @@ class Drafter(Protocol):
 DRAFTERS = {  # name → module; each module has make(settings, target, draft, request, vocabulary) → Drafter
     "draft_model": "specbeam.drafting.draft_model",
 }
+LONGEST_AUTO = 8  # tokens that draft_length=auto proposes at most
 NEEDS_DRAFT = ("draft_model",)
 
 
@@ -65,15 +72,17 @@ class Settings:
     """What the caller asked of a drafter."""
 
     drafter: str = "draft_model"
-    draft_length: int = 4
+    draft_length: int | str = 4
     branching: tuple[int, ...] = ()
     tree_nodes: int = 0
     tree_width: int = 4
+    confidence_threshold: float = 0.0
+    costs: str | None = None
 
     @property
     def depth(self) -> int:
         """How deep a proposal may go."""
-        return len(self.branching) or self.draft_length
+        return len(self.branching) or (LONGEST_AUTO if isinstance(self.draft_length, str) else self.draft_length)
 
     @property
     def most_nodes(self) -> int:
@@ -81,7 +90,7 @@ class Settings:
         if self.tree_nodes:
             return self.tree_nodes
         total, width = 0, 1
-        for children in self.branching or (1,) * self.draft_length:
+        for children in self.branching or (1,) * self.depth:
             width *= children
             total += width
         return total
@@ -90,9 +99,19 @@ class Settings:
         """Raises InputError for settings that make no sense, in one sentence."""
         if self.drafter not in DRAFTERS:
             raise InputError(f"drafter is {self.drafter!r}: it is one of {', '.join(DRAFTERS)}.")
-        if isinstance(self.draft_length, bool) or not isinstance(self.draft_length, int) or self.draft_length < 1:
+        number = isinstance(self.draft_length, int) and not isinstance(self.draft_length, bool)
+        if self.draft_length != "auto" and not (number and self.depth >= 1):
             raise InputError(f"draft_length is {self.draft_length!r}: it is the number of tokens proposed per round, "
-                             "at least 1 (greedy runs without a draft).")
+                             "at least 1 (greedy runs without a draft), or \"auto\".")
+        if not 0 <= self.confidence_threshold < 1:
+            raise InputError(f"confidence_threshold is {self.confidence_threshold}: it is a probability below 1 (0: "
+                             "propose draft_length tokens whatever the draft thinks).")
+        if (self.draft_length == "auto" or self.confidence_threshold) and (self.branching or self.tree_nodes):
+            raise InputError("draft_length=auto and confidence_threshold adapt chains, but a tree was asked for "
+                             "(branching or tree_nodes): choose one.")
+        if self.costs and self.draft_length != "auto":
+            raise InputError(f"costs={self.costs!r} belongs to draft_length=auto, but draft_length is "
+                             f"{self.draft_length}.")
         if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in self.branching):
             raise InputError(f"branching is {list(self.branching)}: it says how many children a node has at each "
                              "depth, each at least 1.")

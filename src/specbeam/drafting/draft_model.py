@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from specbeam.decoding.request import Request
 from specbeam.drafting import Proposal, Settings
+from specbeam.drafting.length import Length
 from specbeam.engine.runner import embedding
 from specbeam.engine.support import adapt, check_lengths
 from specbeam.engine.tree import Block, TokenTree, chain, leaves
@@ -43,7 +44,7 @@ class Shape:
 
 def make(settings: Settings, target: PreTrainedModel, draft: PreTrainedModel, request: Request, vocabulary: int
          ) -> DraftModel:
-    branching = settings.branching or (1,) * settings.draft_length
+    branching = settings.branching or (1,) * settings.depth
     return DraftModel(draft, request, Shape(branching, settings.tree_width, settings.tree_nodes), vocabulary)
 
 
@@ -68,7 +69,7 @@ class DraftModel:
         self.nodes = self.tips  # of the last proposal: the committed text, then the nodes that were read
         self.numbers: list[list[int]] = []  # of each proposed token among `nodes`
 
-    def propose(self, sequences: Sequence[list[int]], limits: Sequence[int]) -> Proposal:
+    def propose(self, sequences: Sequence[list[int]], limits: Sequence[int], length: Length) -> Proposal:
         deepest = min(max(limits), self.shape.depth)
         unread = self._readable([s[n:] for s, n in zip(sequences, self.read, strict=True)])
         logits, nodes = self.tree.extend(self.tips, unread, last_only=True)
@@ -82,27 +83,39 @@ class DraftModel:
         parents: list[int] = []
         q: list[Tensor] = []
         above = [-1]  # the frontier: numbers of the nodes whose children come next
+        sure: list[list[float]] = [[] for _ in sequences]
+        wanted, counts, forwards = [limit > 0 for limit in limits], [0] * rows, 1
         for depth in range(deepest):
-            wanted = [depth < limit for limit in limits]
             drawn = torch.cat(tokens, 1).tolist() if tokens else [[] for _ in sequences]
             paths = self._paths(sequences, drawn, [parents] * rows, [above] * rows)
             scores = process(self._align(logits), [row.processors for row in self.rows], paths)
+            if not length.fixed:  # to stop is decided before a token is drawn, by its prefix alone
+                largest = scores[:, 0].softmax(-1).amax(-1).tolist()
+                for row, confidence in enumerate(largest):
+                    wanted[row] = wanted[row] and length.proposes(row, confidence)
+                    sure[row] += [confidence] * wanted[row]
+            if not any(wanted):
+                break
             children, weights = self._children(scores, self.shape.branching[depth], wanted)
             q.append(weights)
             first = len(parents)
             parents += [node for node in above for _ in range(self.shape.branching[depth])]
             tokens.append(children.flatten(1))
             above = list(range(first, len(parents)))
-            if depth + 1 < min(deepest, self.shape.depth):
+            counts = [len(parents) if here else n for here, n in zip(wanted, counts, strict=True)]
+            live = sum(wanted)
+            wanted = [here and depth + 1 < limit and (length.fixed or length.reads_on(row, live))
+                      for row, (here, limit) in enumerate(zip(wanted, limits, strict=True))]
+            if not any(wanted):
+                break
+            if depth + 1 < deepest:
                 hang = torch.tensor([parents[node] + 1 for node in above], device=device).expand(rows, -1)
-                logits = self._extend(tokens[-1], hang, [depth + 1 < limit for limit in limits])
-        flat = torch.cat(tokens, 1).tolist()
-        counts = [sum(t.shape[1] for t in tokens[: min(limit, deepest)]) for limit in limits]
+                logits, forwards = self._extend(tokens[-1], hang, wanted), forwards + 1
+        flat = torch.cat(tokens, 1).tolist() if tokens else [[]] * rows
         self.numbers = [list(range(1, n + 1)) for n in counts]
         return Proposal(
             [ids[:n] for ids, n in zip(flat, counts, strict=True)], [parents[:n] for n in counts],
-            torch.cat(q, 1) if self.draws else None, [self.name] * rows,
-            ["length" if limit >= self.shape.depth else "end of answer" for limit in limits])
+            torch.cat(q, 1) if self.draws and q else None, [self.name] * rows, list(length.why), sure, forwards)
 
     def _grow(self, sequences: Sequence[list[int]], limits: Sequence[int], deepest: int, logits: Tensor) -> Proposal:
         """The `nodes` most probable nodes of a tree of which `width` nodes are continued at each depth.
@@ -145,8 +158,8 @@ class DraftModel:
             proposed[0].append([ids[node] for node in chosen])
             proposed[1].append([place[above_of[node]] for node in chosen])
             self.numbers.append([number[node] if number[node] > 0 else sys.maxsize for node in chosen])
-        return Proposal(*proposed, None, [self.name] * rows, ["node budget" if limit else "end of answer"
-                                                              for limit in limits])
+        return Proposal(*proposed, None, [self.name] * rows,
+                        ["node budget" if limit else "end of answer" for limit in limits], forwards=deepest)
 
     def accept(self, paths: Sequence[Sequence[int]]) -> None:
         read = self.nodes.depth.shape[1]
@@ -208,7 +221,10 @@ class DraftModel:
             numbers = numbers.new_zeros(rows, width * count)
         left, children = q.flatten(0, 1).clone(), []
         for turn in range(count):
-            token = draw(left, numbers.view(rows, width, count)[..., turn].flatten())
+            # Fewer tokens than children: the rest repeat, which no acceptance rule will take for a new one.
+            none = left.sum(1, keepdim=True) <= 0
+            weights = torch.where(none, q.flatten(0, 1), left)
+            token = draw(weights, numbers.view(rows, width, count)[..., turn].flatten())
             children.append(token.view(rows, width))
             left.scatter_(1, token[:, None], 0.0)  # without replacement
         return torch.stack(children, -1), q

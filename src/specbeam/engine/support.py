@@ -7,7 +7,11 @@ not obey the mask or the positions (recurrent state, ALiBi counted by slot) show
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
 from itertools import product
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,24 +19,40 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specbeam.engine.runner import Adapter, embedding
-from specbeam.engine.tree import TokenTree, branches, chain
+from specbeam.engine.tree import Tips, TokenTree, branches, chain
 from specbeam.errors import InputError
 
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
-_adapters: WeakKeyDictionary[PreTrainedModel, tuple[tuple, Adapter]] = WeakKeyDictionary()
+# What was found of each model, without the model itself: a value that held its key would keep it in memory for ever.
+_found: WeakKeyDictionary[PreTrainedModel, tuple[tuple, dict[str, Any]]] = WeakKeyDictionary()
 
 # The probe: two ragged prompts, and below each one two siblings with two equal children each. The children have the
 # same tokens and differ only in what they may see and in nothing else.
 _PROMPTS = ([5, 9, 3, 12, 7], [11, 4, 8])
 _TREE = ([6, 10, 13, 14, 13, 14], [-1, -1, 0, 0, 1, 1])
+_GAP = 600  # slots between prompt and tree: what counts slots instead of positions (ALiBi, a local layer) shows there
 
 
 def adapt(model: PreTrainedModel) -> Adapter:
     """The adapter for `model`, probed once. Raises InputError, naming the model, if it cannot be run exactly."""
     key = (model.dtype, model.device, getattr(_text_config(model), "_attn_implementation", None))
-    if model not in _adapters or _adapters[model][0] != key:
-        _adapters[model] = (key, _probe(model))
-    return _adapters[model][1]
+    if model not in _found or _found[model][0] != key:
+        adapter = _probe(model)
+        _found[model] = (key, {f.name: getattr(adapter, f.name) for f in fields(adapter) if f.name != "model"})
+    return Adapter(model=model, **_found[model][1])
+
+
+@contextmanager
+def evaluating(*models: PreTrainedModel) -> Iterator[None]:
+    """Models in eval mode, and afterwards as they were: dropout would make every forward another model."""
+    training = [part for model in models for part in model.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 def check_lengths(adapter: Adapter, prompt_tokens: list[int], max_new_tokens: list[int], role: str = "target") -> None:
@@ -51,7 +71,7 @@ def check_lengths(adapter: Adapter, prompt_tokens: list[int], max_new_tokens: li
         if adapter.absolute:
             raise InputError(f"{sentence}: shorten the prompt or lower max_new_tokens.")
         logging.getLogger("specbeam").warning("%s; beyond it the answers may be poor.", sentence)
-    if limit is not None and longest > limit and not (adapter.rope_restarts and min(prompt_tokens) > limit):
+    if limit is not None and longest - 1 > limit and not (adapter.rope_restarts and min(prompt_tokens) > limit):
         raise InputError(
             f"Prompt and answer reach {longest} tokens, but beyond {limit} the rotary scaling of the {role} "
             f"{adapter.name} changes with the longest row of the batch, so that results would depend on how tokens "
@@ -72,25 +92,20 @@ def _probe(model: PreTrainedModel) -> Adapter:
         raise InputError(f"{name} has layers of type {', '.join(sorted(unknown))}, whose state cannot be kept as a "
                          "tree of tokens; specbeam runs models with full or sliding-window attention only.")
     eager = getattr(config, "_attn_implementation", "eager") != "sdpa"
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            wanted, gap = _plain_logits(model)
-            tried = []
-            # Cheapest first: a boolean mask where sdpa takes it, one index per row for the last logits.
-            for additive, keeps, strict in product([eager, True], [True, False], [True, False]):
-                adapter = _describe(model, config, layer_types, additive, keeps, strict)
-                try:
-                    error = (_tree_logits(adapter) - wanted).abs().max().item()
-                except Exception as failure:  # whatever a model says when it is run in a way it does not know
-                    tried.append(f"{type(failure).__name__}: {failure}".splitlines()[0][:160])
-                    continue
-                if error <= _tolerance(model.dtype, wanted, gap):
-                    return adapter
-                tried.append(f"its logits are off by {error:.2g}")
-    finally:
-        model.train(training)
+    with evaluating(model), torch.no_grad():
+        wanted, gap = _plain_logits(model)
+        tried = []
+        # Cheapest first: a boolean mask where sdpa takes it, one index per row for the last logits.
+        for additive, keeps, strict in product([eager, True], [True, False], [True, False]):
+            adapter = _describe(model, config, layer_types, additive, keeps, strict)
+            try:
+                error = (_tree_logits(adapter) - wanted).abs().max().item()
+            except Exception as failure:  # whatever a model says when it is run in a way it does not know
+                tried.append(f"{type(failure).__name__}: {failure}".splitlines()[0][:160])
+                continue
+            if error <= _tolerance(model.dtype, wanted, gap):
+                return adapter
+            tried.append(f"its logits are off by {error:.2g}")
     why = next((reason for reason in tried if reason.startswith("its logits")), tried[0])
     raise InputError(f"{name} cannot be run exactly over a tree of tokens ({why}): it does not obey the "
                      "attention mask or the positions it is given, or keeps a state of its own; use the "
@@ -144,13 +159,20 @@ def _tree_logits(adapter: Adapter) -> Tensor:
     """The same leaves' logits, as a tree over the slots; every second leaf is checked by `last_only` too."""
     tree = TokenTree(adapter, len(_PROMPTS), capacity=4)
     prompts = [_within(prompt, adapter.model) for prompt in _PROMPTS]
-    _, nodes = tree.extend(tree.tips([0] * len(prompts)), chain(prompts, tree.device), last_only=True)
-    tips = nodes.pick(torch.tensor([[len(prompt) - 1] for prompt in prompts], device=tree.device))
+    tree.extend(tree.tips([0] * len(prompts)), chain(prompts, tree.device), last_only=True)
+    tips = _far(tree.tips([len(prompt) for prompt in prompts]))
     tokens, parents = _within(_TREE[0], adapter.model), _TREE[1]
     block = branches([(tokens, parents)] * len(prompts), tree.device)
     logits, _ = tree.extend(tips, block)
     last, _ = tree.extend(tips, block, last_only=True)
     return torch.cat([logits[:, 2:5], last], dim=1).float()
+
+
+def _far(tips: Tips) -> Tips:
+    """The same tips beside one that occupies the next `_GAP` slots, so that the tree's own slots lie behind those."""
+    visible = torch.nn.functional.pad(tips.visible, (0, _GAP))
+    blocked = ~visible & (torch.arange(visible.shape[2], device=visible.device) < _GAP)
+    return Tips(torch.cat([visible, blocked], dim=1), tips.depth.expand(-1, 2))
 
 
 def _tolerance(dtype: torch.dtype, wanted: Tensor, gap: float) -> float:

@@ -61,13 +61,15 @@ def expand_sweeps(overrides: list[str]) -> list[list[str]]:
 
 def nearest(name: str, known: list[str]) -> str:
     """' (did you mean X?)' for the nearest known name, '' when none is near."""
-    found = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    last = name.rsplit(".", 1)[-1]
+    ends: dict[str, str] = {}
+    for key in known:
+        ends.setdefault(key.rsplit(".", 1)[-1], key)
+    if last in ends and name not in known:
+        found = [ends[last]]  # the right name in the wrong place
+    else:
+        found = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if not found:
-        # a misplaced key: the same last part elsewhere in the tree
-        last = name.rsplit(".", 1)[-1]
-        ends: dict[str, str] = {}
-        for key in known:
-            ends.setdefault(key.rsplit(".", 1)[-1], key)
         found = [ends[end] for end in difflib.get_close_matches(last, list(ends), n=1, cutoff=0.8)]
     return f" (did you mean {found[0]}?)" if found else ""
 
@@ -115,7 +117,7 @@ def _parse(text: str) -> Any:
         return parser.parse_override(text)
     except HydraException as error:
         key, equals, value = text.partition("=")
-        if equals and value and value[0] not in "[{'\"" and "(" not in value:
+        if equals and value and value[0] not in "[{'\"" and not re.match(r"\w+\(", value):
             quoted = value.replace("\\", "\\\\").replace("'", "\\'")
             try:
                 return parser.parse_override(f"{key}='{quoted}'")

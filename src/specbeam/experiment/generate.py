@@ -44,13 +44,20 @@ def generate(prompt: str, config: dict[str, Any], console: Console) -> int:
     if method.method.family == "beam":
         output = models.generate(method, rendered, [config["seed"]])
         print(models.tokenizer.decode(output.tokens[0], skip_special_tokens=True))
-        console.print("(beams do not stream: the best answer is only known at the end)", style="dim", highlight=False)
+        console.print(
+            "(beams do not stream: the best answer is only known at the end)",
+            style="dim",
+            highlight=False,
+            soft_wrap=True,
+        )
     else:
         from transformers import TextStreamer
 
         streamer = TextStreamer(models.tokenizer, skip_prompt=True, skip_special_tokens=True)
         output = models.generate(method, rendered, [config["seed"]], streamer=streamer)
-    console.print(figures(method, output.trace[0], output.hypotheses[0][0]), style="dim", highlight=False)
+    console.print(
+        figures(method, output.trace[0], output.hypotheses[0][0]), style="dim", highlight=False, soft_wrap=True
+    )
     return 0
 
 

@@ -16,8 +16,13 @@ class Models:
     """The loaded pair; `draft` is None when no method speculates."""
 
     def __init__(self, target: str, draft: str | None, device: str | None, dtype: str | None):
+        from transformers.utils import logging
+
         from specbeam import models
 
+        # the run has its own progress, and says what matters itself
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
         device, dtype = device or "auto", dtype or "auto"
         self.draft = None
         if draft is None:

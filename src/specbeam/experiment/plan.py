@@ -12,6 +12,7 @@ from specbeam.decoding import METHODS, Method, method_family
 from specbeam.errors import InputError
 from specbeam.experiment.compose import nearest
 from specbeam.experiment.prompts import Prompt, prompts_from_config
+from specbeam.models import check_path
 
 TOP_KEYS = (
     "target",
@@ -123,7 +124,7 @@ class Cell:
     repeat: int
     batch_id: str
 
-    def keys(self) -> list[tuple[str, str, int, int]]:
+    def row_keys(self) -> list[tuple[str, str, int, int]]:
         return [(self.method.label, prompt.id, self.turn, self.repeat) for prompt in self.prompts]
 
 
@@ -245,6 +246,8 @@ def plan_method(label: str, settings: Any, max_new_tokens: int) -> PlannedMethod
     for name, value in options.items():
         check_option_name(place, kind, method, name)
         check_option_value(place, name, value)
+    if method.family == "sample" and options.get("temperature") == 0:
+        raise InputError(f"{place}.temperature is 0, but {kind} samples: give a number above 0, or use a greedy kind.")
     beams = options.get("num_beams") or DEFAULT_BEAMS
     returned = options.get("num_return_sequences") or 1
     if method.family == "beam" and returned > beams:
@@ -281,15 +284,15 @@ def check_option_name(place: str, kind: str, method: Method, name: str) -> None:
 
 
 def check_option_value(place: str, name: str, value: Any) -> None:
-    if value is None or name not in RANGES:
+    if value is None:
+        return
+    if name == "early_stopping" and not (isinstance(value, bool) or value == "never"):
+        raise InputError(f"{place}.early_stopping is {value!r}: use true, false or never.")
+    if name not in RANGES:
         return
     kind, low, closed, high = RANGES[name]
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind is int and number and value != int(value):
-        number = False
+    number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
     if number and (low < value <= high or (closed and value == low)):
-        if kind is int and not isinstance(value, int):
-            raise InputError(f"{place}.{name} is {value!r}: write a whole number without a decimal point.")
         return
     what = "a whole number" if kind is int else "a number"
     above = "" if low == float("-inf") else f" {'of at least' if closed else 'above'} {low:g}"
@@ -315,6 +318,7 @@ def model_path(config: dict[str, Any], role: str) -> str | None:
         return None
     if not isinstance(path, str) or not path.strip():
         raise InputError(f"{role}.path is {path!r}: give bundled, a folder or a hub id.")
+    check_path(path)
     return path
 
 

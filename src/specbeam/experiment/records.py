@@ -45,25 +45,43 @@ def new_folder(root: Path) -> Path:
     raise InputError(f"{str(root / stamp)!r} exists a thousand times over: give output_dir=<folder>.")
 
 
-def open_folder(folder: Path, config: dict[str, Any], prompts: list[dict[str, Any]]) -> bool:
-    """Start a run in `folder`, or go on with the one that is there; True when it goes on.
+def holds_run(folder: Path, config: dict[str, Any], prompts: list[dict[str, Any]]) -> bool:
+    """Whether `folder` holds an interrupted or finished run of this config and these prompts. Writes nothing.
 
-    Raises InputError when the folder is no run folder, or is one of a run with another config or other prompts.
+    Raises InputError when it holds something else: other files, a run with another config or other prompts.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        started = (folder / "config.yaml").exists()
-        if not started and any(path.name not in ("wandb",) for path in folder.iterdir()):
-            raise InputError(f"output_dir {str(folder)!r} holds other files and no run: give a new or an empty folder.")
-        if started:
+        if (folder / "config.yaml").exists():
             _refuse_other_run(folder, config, prompts)
-        else:
-            # config.yaml comes last: with it the folder is a run
-            write_lines(folder / "prompts.jsonl", prompts)
-            write_yaml(folder / "config.yaml", config)
+            return True
+        if folder.exists() and any(folder.iterdir()):
+            raise InputError(f"output_dir {str(folder)!r} holds other files and no run: give a new or an empty folder.")
     except OSError as error:
         raise InputError(_unusable(folder, error)) from None
-    return started
+    return False
+
+
+def start_run(folder: Path, config: dict[str, Any], resolved: dict[str, Any], prompts: list[dict[str, Any]]) -> None:
+    """Write what is known before the first row: prompts.jsonl, and config.yaml with what the loaded models told."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_lines(folder / "prompts.jsonl", prompts)
+        # last: with it the folder is a run
+        write_yaml(folder / "config.yaml", {**config, "resolved": resolved})
+    except OSError as error:
+        raise InputError(_unusable(folder, error)) from None
+
+
+def refuse_other_models(folder: Path, resolved: dict[str, Any]) -> None:
+    """Raise InputError when the run in `folder` was made with other models or on another device."""
+    before = flatten({"resolved": read_yaml(folder / "config.yaml").get("resolved") or {}})
+    now = json.loads(json.dumps(flatten({"resolved": resolved}), default=str))
+    for key in {**before, **now}:
+        if before.get(key, ...) != now.get(key, ...):
+            raise InputError(
+                f"output_dir {str(folder)!r} holds a run on other models or another machine: {key} was "
+                f"{_shown(before.get(key))} and is {_shown(now.get(key))} now: give another output_dir."
+            )
 
 
 def _unusable(folder: Path, error: OSError) -> str:
@@ -97,20 +115,6 @@ def _binding(config: dict[str, Any]) -> dict[str, Any]:
 def _shown(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value
     return text if len(text) <= 80 else text[:77] + "…"
-
-
-def record_resolved(folder: Path, config: dict[str, Any], resolved: dict[str, Any], resumed: bool) -> None:
-    """Add to config.yaml what only the loaded models tell. A resumed run must find it as it was."""
-    if resumed:
-        before = flatten({"resolved": read_yaml(folder / "config.yaml").get("resolved") or {}})
-        now = json.loads(json.dumps(flatten({"resolved": resolved}), default=str))
-        for key in {**before, **now} if before != {"resolved": {}} else ():
-            if before.get(key, ...) != now.get(key, ...):
-                raise InputError(
-                    f"output_dir {str(folder)!r} holds a run on other models or another machine: {key} was "
-                    f"{_shown(before.get(key))} and is {_shown(now.get(key))} now: give another output_dir."
-                )
-    write_yaml(folder / "config.yaml", {**config, "resolved": resolved})
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from specbeam.errors import InputError
 from specbeam.experiment import records
 from specbeam.experiment.judge import judge
 from specbeam.experiment.loaded import Models
-from specbeam.experiment.plan import Cell, Plan, make_plan
+from specbeam.experiment.plan import SAMPLING_OPTIONS, Cell, Plan, make_plan
 from specbeam.experiment.progress import Progress
 from specbeam.experiment.prompts import Prompt
 from specbeam.experiment.rows import Answers, conversation_of, failed_row, one_line, remember, row_of, trace_of
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 WARM_UP_TOKENS = 8
+# What a generation_config holds beside options of decoding.
+NO_OPTIONS = ("transformers_version", "disable_compile", "use_cache", "return_dict_in_generate")
 
 
 def compare(config: dict[str, Any], command: list[str], console: Console) -> int:
@@ -32,22 +34,29 @@ def compare(config: dict[str, Any], command: list[str], console: Console) -> int
     """
     plan = make_plan(config)
     prompts = [prompt.as_record() for prompt in plan.prompts]
-    folder = Path(config["output_dir"] or records.new_folder(Path("outputs/compare"))).expanduser()
-    config = {**config, "output_dir": str(folder)}
-    resumed = records.open_folder(folder, config, prompts)
-    cells = list(plan.cells())
-    rows = records.keep_finished(folder, [cell.keys() for cell in cells]) if resumed else []
-    done = {records.row_key(row) for row in rows}
-    left = [cell for cell in cells if cell.keys()[0] not in done]
-    if resumed:
-        console.print(f"{folder} holds {len(cells) - len(left)} of {len(cells)} cells of this run.", highlight=False)
-    if not left and (folder / "summary.json").exists():
-        return show(folder, console)
+    folder = Path(config["output_dir"]).expanduser() if config["output_dir"] else None
+    resumed = folder is not None and records.holds_run(folder, config, prompts)
+    cells = left = list(plan.cells())
+    rows: list[dict[str, Any]] = []
+    if folder is not None and resumed:
+        rows = records.keep_finished(folder, [cell.row_keys() for cell in cells])
+        done = {records.row_key(row) for row in rows}
+        left = [cell for cell in cells if cell.row_keys()[0] not in done]
+        count = f"{len(cells) - len(left)} of {len(cells)}"
+        console.print(f"{folder} holds {count} cells of this run.", highlight=False, soft_wrap=True)
+        if not left and (folder / "summary.json").exists():
+            return show(folder, console)
 
     with console.status("loading models"):
         models = Models(plan.target, plan.draft, config["device"], config["dtype"])
+    # Only now, when nothing can be refused any more, something is written.
     resolved = resolve(plan, models)
-    records.record_resolved(folder, config, resolved, resumed)
+    folder = folder or records.new_folder(Path("outputs/compare"))
+    config = {**config, "output_dir": str(folder)}
+    if resumed:
+        records.refuse_other_models(folder, resolved)
+    else:
+        records.start_run(folder, config, resolved, prompts)
     notes = record_environment(folder, resolved, command, resumed, console)
     if left:
         try:
@@ -58,6 +67,7 @@ def compare(config: dict[str, Any], command: list[str], console: Console) -> int
                 f"\nStopped: {finished} rows are in {folder / 'rows.jsonl'}; the same command with "
                 f"output_dir={folder} finishes the run.",
                 highlight=False,
+                soft_wrap=True,
             )
             raise
     with console.status("judging the answers"):
@@ -67,21 +77,22 @@ def compare(config: dict[str, Any], command: list[str], console: Console) -> int
     from specbeam.tracking import track
 
     for note in track(folder, config, rows, summary):
-        console.print(note, style="yellow", highlight=False)
+        console.print(note, style="yellow", highlight=False, soft_wrap=True)
     return show(folder, console)
 
 
 def resolve(plan: Plan, models: Models) -> dict[str, Any]:
-    """What the loaded models decided: device, dtype, and every option in force, the checkpoint's own among them."""
-    target: Any = models.target
-    own = target.generation_config.to_diff_dict()
+    """What the loaded models decided: device, dtype, and each method's options with those of the checkpoint."""
+    target = models.target
+    own = {
+        name: value
+        for name, value in target.generation_config.to_diff_dict().items()
+        if name not in NO_OPTIONS and not name.startswith(("_", "output_"))
+    }
     methods = {}
     for method in plan.methods:
-        names = {name: value for name, value in method.options.items() if name not in method.method.options}
-        effective = target._prepare_generation_config(None, **names)[0].to_diff_dict()
-        methods[method.label] = {**method.settings, **effective, "do_sample": method.samples}
-    for options in (own, *methods.values()):
-        options.pop("transformers_version", None)
+        inherited = {name: value for name, value in own.items() if method.samples or name not in SAMPLING_OPTIONS}
+        methods[method.label] = {**inherited, **method.settings, "do_sample": method.samples}
     return {
         "device": str(target.device),
         "dtype": str(target.dtype).removeprefix("torch."),
@@ -108,7 +119,7 @@ def record_environment(
         f"The load average was {load[0]:g} on {cores} cores when the run started: something else is running, "
         "and timings are not to be trusted."
     )
-    console.print(note, style="yellow", highlight=False)
+    console.print(note, style="yellow", highlight=False, soft_wrap=True)
     return [note]
 
 
@@ -131,22 +142,24 @@ def run_cells(
         progress.say("warming up")
         warm_up(plan, cells, models, config)
         gc.collect()
-        gc.freeze()
-        for cell in cells:
-            progress.say(
-                f"{cell.method.label} · prompt {cell.prompts[0].id}" + (f" · turn {cell.turn + 1}" if cell.turn else "")
-            )
-            if config["debug"]["render_input_text"]:
-                show_inputs(cell, models, config, answers, shown, progress.console)
-            new, traces = run_cell(cell, plan, models, config, answers)
-            for row in new:
-                remember(answers, row)
-            if traces:
-                records.append_lines(folder / "trace.jsonl", traces)
-            records.append_lines(folder / "rows.jsonl", new)
-            rows += new
-            progress.advance()
-    gc.unfreeze()
+        gc.freeze()  # so that collecting between cells takes no time
+        try:
+            for cell in cells:
+                turn = f" · turn {cell.turn + 1}" if cell.turn else ""
+                progress.say(f"{cell.method.label} · prompt {cell.prompts[0].id}{turn}")
+                if config["debug"]["render_input_text"]:
+                    show_inputs(cell, models, config, answers, shown, progress.console)
+                gc.collect()  # rather here than in the middle of a timed region
+                new, traces = run_cell(cell, plan, models, config, answers)
+                for row in new:
+                    remember(answers, row)
+                if traces:
+                    records.append_lines(folder / "trace.jsonl", traces)
+                records.append_lines(folder / "rows.jsonl", new)
+                rows += new
+                progress.advance()
+        finally:
+            gc.unfreeze()
     return rows
 
 
@@ -185,7 +198,6 @@ def run_cell(
                 fitting.append(prompt)
         if not fitting:
             continue
-        gc.collect()
         try:
             conversations = [conversation_of(cell.method.label, prompt, cell.turn, answers) for prompt in fitting]
             rendered = models.render(conversations, config["system_prompt"])

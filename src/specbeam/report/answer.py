@@ -1,0 +1,74 @@
+"""The answer first: which method to use here, in one sentence with its interval."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+FAMILIES = {"greedy": "greedy decoding", "sample": "sampling", "beam": "beam search"}
+
+
+def answers(summary: Mapping[str, Any]) -> list[str]:
+    """One sentence for each family that has something to compare, greedy first; never empty."""
+    methods = summary.get("methods") or {}
+    sentences: list[str] = []
+    for family, name in FAMILIES.items():
+        own = {label: figures for label, figures in methods.items()
+               if figures.get("family") == family and figures.get("decode_tokens_per_second")}
+        if len(own) > 1:
+            sentences.append(_sentence(name, own, "Use" if not sentences else f"For {name} use"))
+        elif own:
+            [(label, figures)] = own.items()
+            sentences.append(f"{label} decodes {rate(figures)} tokens a second; there is no other {name} method in "
+                             "this run to compare it with.")
+    return sentences or ["This run has no figures: no method decoded anything."]
+
+
+def rate(figures: Mapping[str, Any]) -> str:
+    """Decode rate with about three digits."""
+    value = figures["decode_tokens_per_second"]
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2g}"
+
+
+def interval(speedup: Mapping[str, Any]) -> str:
+    """`1.62 (1.41–1.80)`, without the bracket where there is no interval, a dash where there is no figure."""
+    if speedup.get("median") is None:
+        return "–"
+    text = f"{speedup['median']:.2f}"
+    return text if speedup.get("low") is None else f"{text} ({speedup['low']:.2f}–{speedup['high']:.2f})"
+
+
+def no_difference(speedup: Mapping[str, Any]) -> bool:
+    """The interval holds 1."""
+    return speedup.get("low") is not None and speedup["low"] <= 1.0 <= speedup["high"]
+
+
+def _sentence(name: str, own: Mapping[str, Mapping[str, Any]], use: str) -> str:
+    best = max(own, key=lambda label: own[label]["decode_tokens_per_second"])
+    figures = own[best]
+    speedups = {baseline: one for baseline, one in figures["speedup"].items() if one.get("median") is not None}
+    if not speedups:
+        return f"{best} is fastest of the {name} methods, at {rate(figures)} tokens a second."
+    if all(no_difference(one) for one in speedups.values()):
+        found = " and ".join(f"{interval(one)} × {baseline}" for baseline, one in speedups.items())
+        return f"No {name} method is faster than another beyond doubt: the fastest, {best}, ran at {found}."
+    over = " and ".join(_times(one, baseline, first=not number)
+                        for number, (baseline, one) in enumerate(speedups.items()))
+    return f"{use} {best}: it decodes {rate(figures)} tokens a second, {over}{_tokens(figures)}."
+
+
+def _times(speedup: Mapping[str, Any], baseline: str, first: bool) -> str:
+    text = f"{speedup['median']:.2f} × {baseline}"
+    if speedup.get("low") is None:
+        return text
+    doubt = ", no sure difference" if no_difference(speedup) else ""
+    return f"{text} ({'95 % interval ' if first else ''}{speedup['low']:.2f}–{speedup['high']:.2f}{doubt})"
+
+
+def _tokens(figures: Mapping[str, Any]) -> str:
+    identity = next((one for one in figures.get("identical_to", {}).values() if one["of"]), None)
+    if identity is None:
+        return ""
+    if identity["same"] == identity["of"]:
+        return ", with the same tokens" + (f" on all {identity['of']} prompts" if identity["of"] > 1 else "")
+    return f", but with other tokens on {identity['of'] - identity['same']} of {identity['of']} prompts"

@@ -1,0 +1,164 @@
+"""Outputs side by side with their first difference, and the data that the token view is drawn from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from specbeam.report.escape import escape, visible
+
+# The page stays below 1 MB: what does not fit is left out, and the page says so.
+OUTPUT_BYTES, TOKEN_BYTES = 420_000, 420_000
+_SOURCE = {"draft": "d", "correction": "c", "bonus": "b", "plain": "p"}
+
+
+def outputs_section(rows: Iterable[Mapping[str, Any]], prompts: Mapping[str, Mapping[str, Any]],
+                    methods: Mapping[str, Mapping[str, Any]]) -> str:
+    """Every prompt with its answers; methods that gave the same tokens share one cell, the others show where they
+    part from the family's first method."""
+    by_prompt: dict[tuple[str, int], dict[str, Mapping[str, Any]]] = {}
+    for row in rows:
+        own = by_prompt.setdefault((row["prompt_id"], row["turn"]), {})
+        if row["method"] not in own or (own[row["method"]]["status"] != "ok" and row["status"] == "ok"):
+            own[row["method"]] = row
+    parts: list[str] = []
+    size = 0
+    for number, ((prompt_id, turn), answers) in enumerate(by_prompt.items()):
+        block = _prompt_block(prompt_id, turn, answers, prompts.get(prompt_id) or {}, methods, number == 0)
+        size += len(block.encode())  # `visible` has replaced lone surrogates, so this cannot fail
+        if size > OUTPUT_BYTES and parts:
+            parts.append(f"<p>{len(by_prompt) - number} more of the {len(by_prompt)} prompts are left out here, to "
+                         "keep this page small; their answers are in rows.jsonl.</p>")
+            break
+        parts.append(block)
+    return "".join(parts)
+
+
+def _prompt_block(prompt_id: str, turn: int, answers: Mapping[str, Mapping[str, Any]], prompt: Mapping[str, Any],
+                  methods: Mapping[str, Mapping[str, Any]], opened: bool) -> str:
+    turns = prompt.get("turns") or []
+    asked = turns[turn] if turn < len(turns) else _conversation(prompt)
+    references = prompt.get("references") or []
+    expected = references[turn] if turn < len(references) else []
+    groups = _groups(answers, methods)
+    families = list(dict.fromkeys(group[0]["family"] for group in groups))
+    verdict = "".join(f'<span class="{"bad" if count > 1 else "good"}">{escape(family)}: '
+                      f'{"same tokens" if count == 1 else f"{count} different outputs"}</span> '
+                      for family in families if (count := sum(group[0]["family"] == family for group in groups))
+                      and family != "sample" and sum(len(g) for g in groups if g[0]["family"] == family) > 1)
+    cells = "".join(_cell(group, groups) for group in groups)
+    turn_text = f", turn {turn + 1}" if turn else ""
+    head = " ".join(visible(asked).split())
+    head = head if len(head) <= 100 else head[:99] + "…"
+    shown = f'<p class="prompt" dir="auto">{escape(asked)}</p>' if len(str(asked)) > 100 or "\n" in str(asked) else ""
+    wanted = "".join(f'<p class="reference"><small>reference</small> <span dir="auto">{escape(one)}</span></p>'
+                     for one in expected)
+    return (f'<details class="prompt-block"{" open" if opened else ""}><summary><small>{escape(prompt_id)}{turn_text}'
+            f'</small> <bdi>{escape(head)}</bdi> {verdict}</summary>{shown}{wanted}'
+            f'<div class="cells">{cells}</div></details>')
+
+
+def _groups(answers: Mapping[str, Mapping[str, Any]],
+            methods: Mapping[str, Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Answers in table order; those of one family with the same tokens are together."""
+    groups: dict[Any, list[dict[str, Any]]] = {}
+    for label in [*methods, *(label for label in answers if label not in methods)]:
+        if label not in answers:
+            continue
+        row = answers[label]
+        family = methods.get(label, {}).get("family", row["kind"])
+        ok = row["status"] == "ok"
+        key = (family, tuple(row["tokens"]) if ok else f"failed {row['error']}")
+        groups.setdefault(key, []).append({"label": label, "family": family, "ok": ok, "text": row["text"] or "",
+                                           "error": row["error"], "tokens": row["tokens"] or [],
+                                           "finish": row["finish_reason"]})
+    return list(groups.values())
+
+
+def _cell(group: Sequence[dict[str, Any]], groups: Sequence[Sequence[dict[str, Any]]]) -> str:
+    one = group[0]
+    names = ", ".join(escape(answer["label"]) for answer in group)
+    if not one["ok"]:
+        return f'<div class="cell failed"><h4>{names}</h4><p>failed: {escape(one["error"])}</p></div>'
+    model = next(other[0] for other in groups if other[0]["family"] == one["family"] and other[0]["ok"])
+    text = _marked(one, model) if model is not one and one["family"] != "sample" else escape(one["text"])
+    return (f'<div class="cell"><h4>{names}</h4><p dir="auto">{text}</p>'
+            f'<small>{len(one["tokens"])} tokens, ended by {escape(one["finish"])}</small></div>')
+
+
+def _marked(one: Mapping[str, Any], model: Mapping[str, Any]) -> str:
+    """The text with the word marked where it parts from the model's."""
+    ours, theirs = one["text"], model["text"]
+    if ours == theirs:
+        return f'{escape(ours)} <mark>other tokens, same text as {escape(model["label"])}</mark>'
+    common = _common(ours, theirs)
+    start = common - len(ours[:common].split(" ")[-1]) if common else 0  # from the start of that word
+    end = next((i for i in range(max(common, start + 1), len(ours)) if ours[i].isspace()), len(ours))
+    word = escape(ours[start:end]) or "∅"
+    return (f'{escape(ours[:start])}<mark title="first difference from {escape(model["label"])}">{word}</mark>'
+            f"{escape(ours[end:])}")
+
+
+def _conversation(prompt: Mapping[str, Any]) -> str:
+    messages = prompt.get("messages") or []
+    lines = [f"{message.get('role')}: {message.get('content')}" for message in messages]
+    return "\n".join(lines) or str(prompt.get("id", ""))
+
+
+def _common(ours: str, theirs: str) -> int:
+    """Length of the common beginning."""
+    pairs = enumerate(zip(ours, theirs, strict=False))
+    return next((i for i, (left, right) in pairs if left != right), min(len(ours), len(theirs)))
+
+
+def tokens_data(traces: Sequence[Mapping[str, Any]], prompts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What the token view draws: for each prompt its answers' pieces, sources, rounds and probabilities.
+
+    Only prompts that some method speculated on; as many as fit, `left_out` counts the others.
+    """
+    by_prompt: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
+    for trace in traces:
+        by_prompt.setdefault((trace["prompt_id"], trace["turn"]), []).append(trace)
+    wanted = {key: own for key, own in by_prompt.items() if any("draft" in trace["sources"] for trace in own)}
+    shown: list[dict[str, Any]] = []
+    size = 0
+    for (prompt_id, turn), own in wanted.items():
+        turns = (prompts.get(prompt_id) or {}).get("turns") or []
+        asked = visible(turns[turn] if turn < len(turns) else _conversation(prompts.get(prompt_id) or {}))[:400]
+        answers = [_answer(trace) for trace in own if "beam" not in trace["kind"]]
+        size += sum(map(_cost, answers)) + len(asked.encode())
+        if size > TOKEN_BYTES and shown:
+            break
+        shown.append({"name": visible(prompt_id) + (f", turn {turn + 1}" if turn else ""), "prompt": asked,
+                      "answers": answers})
+    return {"prompts": shown, "left_out": len(wanted) - len(shown)}
+
+
+def _answer(trace: Mapping[str, Any]) -> dict[str, Any]:
+    def percent(values: Sequence[float] | None) -> list[float] | None:
+        return None if values is None else [round(100 * value, 1) if value < 0.1 else round(100 * value)
+                                            for value in values]
+
+    answer: dict[str, Any] = {
+        "method": visible(trace["method"]),
+        "pieces": [visible(piece) for piece in trace["pieces"]],
+        "sources": "".join(_SOURCE.get(source, "p") for source in trace["sources"]),
+        "rounds": list(trace["token_rounds"]),
+        "target": percent(trace.get("target_probability")),
+    }
+    if "draft" in trace["sources"]:
+        answer["draft"] = percent(trace.get("draft_probability"))
+        # [drafted, accepted, milliseconds, rejected proposals]
+        answer["steps"] = [[one["drafted"], one["accepted"], round(1000 * one["seconds"], 2),
+                            [visible(piece) for piece in one.get("proposed_pieces", [])[one["accepted"]:]]]
+                           for one in trace["rounds"]]
+    else:
+        answer["milliseconds"] = [round(1000 * one["seconds"], 2) for one in trace["rounds"]]
+    return answer
+
+
+def _cost(answer: Mapping[str, Any]) -> int:
+    """About its bytes as JSON."""
+    pieces = sum(len(piece.encode()) + 4 for piece in answer["pieces"])
+    steps = sum(24 + sum(len(piece.encode()) + 4 for piece in step[3]) for step in answer.get("steps", ()))
+    return 120 + pieces + steps + len(answer["pieces"]) * 12 + 6 * len(answer.get("milliseconds", ()))

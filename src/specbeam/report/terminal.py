@@ -1,0 +1,139 @@
+"""The table that `specbeam compare` ends with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from specbeam.report.answer import answers, interval, no_difference, rate
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# Kinds of the second baseline; those without it are our own engine's.
+PEER = "transformers_"
+Cell = Callable[[Mapping[str, Any]], str]
+
+
+def print_table(summary: Mapping[str, Any], console: Console) -> None:
+    """One line a method; the answer and footnotes under it. Intervals are shown where the console is wide enough (about
+    115 columns), and columns that no method has a figure for are left out."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    methods: Mapping[str, Mapping[str, Any]] = summary.get("methods") or {}
+    for intervals in (True, False):
+        columns = _columns(methods, intervals)
+        cells = {label: [cell(figures) for _, cell in columns] for label, figures in methods.items()}
+        needed = _width(columns, cells)
+        if needed <= console.width:
+            break
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table.add_column("method", no_wrap=True, vertical="bottom")
+    for heading, _ in columns:
+        table.add_column(heading, justify="right", no_wrap=True, vertical="bottom")
+    for label, figures in methods.items():
+        styled = [Text(text, style=_style(heading, figures))
+                  for (heading, _), text in zip(columns, cells[label], strict=True)]
+        table.add_row(Text(label), *styled)
+    if needed > console.width and not console.is_terminal:
+        console.width = needed  # a file or a pipe has no edge
+    console.print(table)
+    for sentence in answers(summary):
+        console.print(Text(sentence, style="bold"))
+    for note in footnotes(summary):
+        console.print(Text(f"· {note}", style="dim"))
+
+
+def speedup_over(figures: Mapping[str, Any], peer: bool, methods: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The speed-up over our plain method, or over transformers' (`peer`); {} where there is none."""
+    for baseline, speedup in figures.get("speedup", {}).items():
+        if str(methods.get(baseline, {}).get("kind", baseline)).startswith(PEER) == peer:
+            return speedup
+    return {}
+
+
+def same_output(figures: Mapping[str, Any]) -> str:
+    """`8/8`: prompts with the tokens of the baseline; both figures where the two baselines disagree."""
+    counts = [f"{one['same']}/{one['of']}" for one in figures.get("identical_to", {}).values() if one["of"]]
+    return " ".join(dict.fromkeys(counts)) or "–"
+
+
+def footnotes(summary: Mapping[str, Any]) -> list[str]:
+    """What a reader of the figures must know."""
+    methods = summary.get("methods") or {}
+    notes = []
+    if summary.get("device"):
+        batch = summary.get("batch_size") or 1
+        notes.append(f"{summary['device']}, {str(summary.get('dtype')).removeprefix('torch.')}, "
+                     f"{'one prompt at a time' if batch == 1 else f'batches of {batch}'}. tokens/s: decoding "
+                     "alone, without prefill; speed-ups: median over prompts, 95 % bootstrap interval.")
+    for label, figures in methods.items():
+        notes += _differences(label, figures)
+    left_out = {label: max((one["left_out"] for one in figures.get("speedup", {}).values()), default=0)
+                for label, figures in methods.items()}
+    if any(left_out.values()):
+        worst = max(left_out, key=lambda label: left_out[label])
+        notes.append(f"Some prompts give no pair of decode rates (a failed row, or an answer that ended in prefill) "
+                     f"and are left out of speed-ups: up to {left_out[worst]} ({worst}).")
+    return notes + [str(note) for note in summary.get("notes") or []]
+
+
+def _differences(label: str, figures: Mapping[str, Any]) -> list[str]:
+    """Where the outputs are other than the baselines'; baselines that differ alike share a sentence."""
+    found: dict[str, list[str]] = {}
+    for baseline, identity in figures.get("identical_to", {}).items():
+        first = identity.get("first_difference")
+        if first is None:
+            continue
+        gap = (figures.get("logit_gaps") or {}).get(baseline)
+        near = "" if gap is None else f"; the target's logits were at most {gap['largest']:.3g} apart there"
+        found.setdefault(f"on {identity['of'] - identity['same']} of {identity['of']} prompts, first on "
+                         f"{first['prompt_id']} at token {first['position'] + 1}{near}.", []).append(baseline)
+    return [f"{label} differs from {' and '.join(others)} {rest}" for rest, others in found.items()]
+
+
+def _columns(methods: Mapping[str, Mapping[str, Any]], intervals: bool) -> list[tuple[str, Cell]]:
+    """Heading and cell of each column that has a figure."""
+    def speedup(peer: bool) -> Cell:
+        def cell(figures: Mapping[str, Any]) -> str:
+            found = speedup_over(figures, peer, methods)
+            return interval(found if intervals else dict(found, low=None))
+        return cell
+
+    def number(name: str, form: str) -> Cell:
+        return lambda figures: "–" if figures.get(name) is None else format(figures[name], form)
+
+    columns: list[tuple[str, Cell]] = [
+        ("tokens\nper s", lambda figures: rate(figures) if figures.get("decode_tokens_per_second") else "–"),
+        ("× plain", speedup(peer=False)),
+        ("× trans-\nformers", speedup(peer=True)),
+        ("accepted\nlength", number("mean_accepted_length", ".2f")),
+        ("accept.\nrate", number("acceptance_rate", ".0%")),
+        ("same\noutput", same_output),
+        ("BLEU", number("bleu", ".1f")),
+        ("perplexity", number("perplexity", ",.2f")),
+        ("failed", number("failed", "d")),
+    ]
+    return [column for column in columns if any(column[1](figures) != "–" for figures in methods.values())]
+
+
+def _width(columns: list[tuple[str, Cell]], cells: Mapping[str, list[str]]) -> int:
+    """Columns of the terminal that the table takes."""
+    widths = [max((len(label) for label in cells), default=6)]
+    for number, (heading, _) in enumerate(columns):
+        widths.append(max(map(len, [*heading.split("\n"), *(row[number] for row in cells.values())])))
+    return sum(widths) + 2 * len(columns)
+
+
+def _style(heading: str, figures: Mapping[str, Any]) -> str:
+    if heading == "failed":
+        return "red" if figures.get("failed") else ""
+    if heading == "same\noutput":
+        return "" if all(one["same"] == one["of"] for one in figures.get("identical_to", {}).values()) else "yellow"
+    if heading == "tokens\nper s":
+        ours: Mapping[str, Any] = next(iter(figures.get("speedup", {}).values()), {})
+        if ours.get("low") is not None and not no_difference(ours):
+            return "green" if ours["low"] > 1 else "red"
+    return ""

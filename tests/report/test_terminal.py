@@ -1,0 +1,82 @@
+"""The table in the terminal: complete, and never wider than it."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from fake_run import write_run
+from rich.console import Console
+
+from specbeam.report.answer import answers
+from specbeam.report.terminal import print_table
+
+
+@pytest.fixture
+def summary(tmp_path):
+    return json.loads((write_run(tmp_path) / "summary.json").read_text("utf-8"))
+
+
+def printed(summary, width=120, terminal=True):
+    console = Console(width=width, file=io.StringIO(), force_terminal=terminal, color_system=None)
+    print_table(summary, console)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("width", [120, 101])
+def test_every_figure_is_shown_and_no_line_is_too_long(summary, width):
+    text = printed(summary, width)
+    assert "…" not in text and max(map(len, text.splitlines())) <= width
+    line = next(line for line in text.splitlines() if line.startswith("speculative"))
+    for figure in ("21.9", "3.07", "4/4", f"{summary['methods']['speculative']['acceptance_rate']:.0%}"):
+        assert figure in line
+    assert ("–" in line.replace(" – ", "")) == (width == 120), "intervals are shown where there is room"
+
+
+def test_a_pipe_has_no_edge(summary):
+    assert "…" not in printed(summary, width=80, terminal=False)
+
+
+def test_a_method_that_differs_says_where(summary):
+    assert "transformers_assisted differs from greedy and transformers_greedy on 1 of 4 prompts" in " ".join(
+        printed(summary).split())
+
+
+def test_notes_of_the_run_are_printed_and_markup_in_labels_is_text(summary):
+    summary["notes"] = ["load average was 3.1 on 2 cores: [bold]timings[/] are not to be trusted"]
+    summary["methods"]["[red]x[/nope]"] = summary["methods"]["greedy"]
+    text = printed(summary, 140)
+    assert "[bold]timings[/] are not to be trusted" in text and "[red]x[/nope]" in text
+
+
+def test_columns_without_a_figure_are_left_out(summary):
+    for figures in summary["methods"].values():
+        figures["bleu"] = None
+    assert "BLEU" not in printed(summary)
+
+
+def test_the_answer_is_a_use_a_tie_or_nothing(summary):
+    methods = summary["methods"]
+    assert answers(summary)[0].startswith("Use speculative: ")
+    for speedup in methods["speculative"]["speedup"].values():
+        speedup.update(low=0.9, high=1.9)
+    assert answers(summary)[0].startswith("No greedy decoding method is faster than another beyond doubt")
+    assert answers({"methods": {}}) == ["This run has no figures: no method decoded anything."]
+
+
+def test_the_answer_admits_other_tokens(summary):
+    summary["methods"]["speculative"]["identical_to"]["greedy"]["same"] = 3
+    assert "but with other tokens on 1 of 4 prompts" in answers(summary)[0]
+
+
+def test_a_plain_method_that_wins_is_recommended(summary):
+    greedy = summary["methods"]["greedy"]
+    greedy["decode_tokens_per_second"] = 500.0
+    assert answers(summary)[0].startswith("Use greedy: it decodes 500 tokens a second")
+
+
+def test_an_empty_summary_prints_without_a_table(summary):
+    for figures in summary["methods"].values():
+        figures.update(decode_tokens_per_second=None, speedup={}, identical_to={})
+    assert "no figures" in printed(summary)
