@@ -120,6 +120,24 @@ def sample_tree(tokens: Sequence[int], parents: Sequence[int], p: Tensor, q: Ten
         at = taken
 
 
+def typical(tokens: Sequence[int], parents: Sequence[int], p: Tensor, uniform: Tensor) -> tuple[list[int], int]:
+    """LOSSY: keep a proposal that the target finds probable enough; the output is not distributed as p.
+
+    Medusa (Cai et al. 2024, arXiv 2401.10774, section 3.3.1): x is kept if p(x) > min(0.09, 0.3 exp(-H(p))), H the
+    entropy in nats. Arguments as in `sample_tree`; the token behind the path is drawn from p.
+    """
+    path: list[int] = []
+    at = -1
+    while True:
+        here = p[at + 1].double()
+        enough = min(0.09, 0.3 * float(torch.exp(torch.special.entr(here).sum().neg())))
+        following = (node for node in range(at + 1, len(tokens)) if parents[node] == at)
+        at = next((node for node in following if float(here[tokens[node]]) > enough), -2)
+        if at == -2:
+            return path, int(draw(here[None], uniform[-1:]))
+        path.append(at)
+
+
 def _of_tokens(proposed: Tensor, p: Tensor, q: Tensor | None) -> tuple[Tensor, Tensor]:
     """p and q [rows, γ] fp64 of the proposed tokens."""
     gamma = proposed.shape[1]

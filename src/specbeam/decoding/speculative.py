@@ -27,7 +27,7 @@ from specbeam.errors import InputError
 from specbeam.sampling import process, uniforms
 from specbeam.trace import GenerationOutput
 
-ACCEPTANCE = ("rejection", "block")
+ACCEPTANCE = ("rejection", "block", "typical")
 
 
 def speculative_generate(target: PreTrainedModel, draft: PreTrainedModel | None, input_ids: Tensor | Sequence[Tensor],
@@ -44,7 +44,7 @@ def speculative_generate(target: PreTrainedModel, draft: PreTrainedModel | None,
     above 0 samples (`top_k`, `top_p`, … are then honoured, for draft and target alike). drafter: a name in
     specbeam.drafting.DRAFTERS. branching: children per node at each depth, as [3, 2, 1, 1], in place of a chain.
     tree_nodes: grow a tree of so many nodes, `tree_width` of them continued at each depth. acceptance: when sampling,
-    "rejection" or (chains only) "block".
+    "rejection", (chains only) "block", or, LOSSY, "typical".
     """
     if not isinstance(temperature, int | float) or not 0 <= temperature < float("inf"):
         raise InputError(f"temperature is {temperature!r}: give 0 for greedy, or a number above 0 to sample.")
@@ -53,6 +53,9 @@ def speculative_generate(target: PreTrainedModel, draft: PreTrainedModel | None,
     if acceptance == "block" and (branching or tree_nodes):
         raise InputError("acceptance=block judges chains, but a tree was asked for (branching or tree_nodes): use "
                          "acceptance=rejection.")
+    if acceptance == "typical" and not temperature:
+        raise InputError("acceptance=typical changes what is sampled, but temperature is 0 (greedy): give a "
+                         "temperature above 0.")
     settings = Settings(drafter, draft_length, tuple(branching or ()), tree_nodes or 0, tree_width,
                         confidence_threshold, costs)
     settings.check(draft)
@@ -170,6 +173,9 @@ def _choose(request: Request, batch: Batch, logits: Tensor, proposal: Proposal |
     uniform = uniforms([row.generator for row in rows], [n + 1 for n in counts], logits.device)
     p, q = p.softmax(-1), None if proposal is None else proposal.q
     q = None if q is None else q.to(p.device)
+    if acceptance == "typical":
+        kept = [rules.typical(tokens[i], parents[i], p[i], uniform[i, : n + 1]) for i, n in enumerate(counts)]
+        return [path for path, _ in kept], [token for _, token in kept]
     if proposal is not None and not proposal.chained:
         kept = [rules.sample_tree(tokens[i], parents[i], p[i], None if q is None else q[i], uniform[i, : n + 1])
                 for i, n in enumerate(counts)]
