@@ -37,6 +37,10 @@ class Shape:
     width: int = 4
     nodes: int = 0
 
+    @classmethod
+    def of(cls, settings: Settings) -> Shape:
+        return cls(settings.branching or (1,) * settings.depth, settings.tree_width, settings.tree_nodes)
+
     @property
     def depth(self) -> int:
         return len(self.branching)
@@ -44,8 +48,7 @@ class Shape:
 
 def make(settings: Settings, target: PreTrainedModel, draft: PreTrainedModel, request: Request, vocabulary: int
          ) -> DraftModel:
-    branching = settings.branching or (1,) * settings.depth
-    return DraftModel(draft, request, Shape(branching, settings.tree_width, settings.tree_nodes), vocabulary)
+    return DraftModel(draft, request, Shape.of(settings), vocabulary)
 
 
 class DraftModel:
@@ -55,26 +58,22 @@ class DraftModel:
 
     def __init__(self, draft: PreTrainedModel, request: Request, shape: Shape, vocabulary: int):
         """Reads the prompts. vocabulary: width of the target's logits."""
-        lengths = [len(row.prompt) for row in request.rows]
-        room = [row.max_new_tokens for row in request.rows]
+        prompts = self._texts([row.prompt for row in request.rows])
+        lengths, room = [len(prompt) for prompt in prompts], [row.max_new_tokens for row in request.rows]
         check_lengths(adapt(draft), lengths, room, role="draft")
         self.rows, self.shape, self.vocabulary = list(request.rows), shape, vocabulary
         self.draws = request.config.do_sample and not shape.nodes
         self.tree = TokenTree(adapt(draft), len(lengths), max(lengths) + max(room) + 2 * shape.depth)
         self.known = embedding(draft).shape[0]
-        prompts = self._readable([row.prompt for row in request.rows])
-        _, nodes = self.tree.extend(self.tree.tips([0] * len(lengths)), prompts, last_only=True)
-        self.tips = nodes.pick(prompts.lengths[:, None] - 1)
-        self.read = lengths  # committed tokens behind each tip
-        self.nodes = self.tips  # of the last proposal: the committed text, then the nodes that were read
+        self.read = [0] * len(lengths)  # committed tokens behind each tip
+        self.tips = self.tree.tips(self.read)
+        self._read(prompts)  # makes `nodes`: of the last proposal, the committed text, then the nodes that were read
+        self.tips = self.nodes
         self.numbers: list[list[int]] = []  # of each proposed token among `nodes`
 
     def propose(self, sequences: Sequence[list[int]], limits: Sequence[int], length: Length) -> Proposal:
         deepest = min(max(limits), self.shape.depth)
-        unread = self._readable([s[n:] for s, n in zip(sequences, self.read, strict=True)])
-        logits, nodes = self.tree.extend(self.tips, unread, last_only=True)
-        self.nodes = nodes.pick(unread.lengths[:, None] - 1)
-        self.read = [len(s) for s in sequences]
+        logits = self._read(self._texts(sequences))
         if self.shape.nodes:
             return self._grow(sequences, limits, deepest, logits)
 
@@ -88,7 +87,7 @@ class DraftModel:
         for depth in range(deepest):
             drawn = torch.cat(tokens, 1).tolist() if tokens else [[] for _ in sequences]
             paths = self._paths(sequences, drawn, [parents] * rows, [above] * rows)
-            scores = process(self._align(logits), [row.processors for row in self.rows], paths)
+            scores = self._scores(logits, paths)
             if not length.fixed:  # to stop is decided before a token is drawn, by its prefix alone
                 largest = scores[:, 0].softmax(-1).amax(-1).tolist()
                 for row, confidence in enumerate(largest):
@@ -130,7 +129,7 @@ class DraftModel:
         above = torch.full((rows, 1), -1, device=device)
         for depth in range(deepest):
             paths = self._paths(sequences, tokens.tolist(), parents.tolist(), above.tolist())
-            scores = process(self._align(logits), [row.processors for row in self.rows], paths).log_softmax(-1)
+            scores = self._scores(logits, paths).log_softmax(-1)
             best = scores.topk(min(width, scores.shape[-1]))
             so_far = worth.gather(1, above) if depth else torch.zeros_like(best.values[..., 0])
             joint = (best.values + so_far[..., None]).flatten(1)
@@ -178,10 +177,21 @@ class DraftModel:
         self.tips = self.tips.rows(kept)
         self.rows, self.read = [self.rows[i] for i in rows], [self.read[i] for i in rows]
 
-    def _readable(self, tokens: Sequence[list[int]]) -> Block:
-        """Committed text as the draft reads it: an id it has no embedding for (Gemma 3 4B's image token, which its
-        270M draft lacks) becomes another; that costs acceptance there and nothing else."""
-        return chain([[min(token, self.known - 1) for token in row] for row in tokens], self.tree.device)
+    def _texts(self, sequences: Sequence[list[int]]) -> Sequence[list[int]]:
+        """Committed texts in the draft's tokens."""
+        return sequences
+
+    def _read(self, texts: Sequence[list[int]]) -> Tensor:
+        """The draft's logits [rows, 1, its vocabulary] after each committed text, of which it reads what is new.
+
+        An id it has no embedding for (Gemma 3 4B's image token, which its 270M draft lacks) becomes another; that
+        costs acceptance there and nothing else."""
+        new = [[min(token, self.known - 1) for token in text[n:]] for text, n in zip(texts, self.read, strict=True)]
+        unread = chain(new, self.tree.device)
+        logits, nodes = self.tree.extend(self.tips, unread, last_only=True)
+        self.nodes = nodes.pick(unread.lengths[:, None] - 1)
+        self.read = [len(text) for text in texts]
+        return logits
 
     def _extend(self, tokens: Tensor, hang: Tensor, wanted: Sequence[bool]) -> Tensor:
         """Read new nodes [rows, width] below `nodes` number hang [rows, width]; they join `nodes`."""
@@ -228,6 +238,10 @@ class DraftModel:
             children.append(token.view(rows, width))
             left.scatter_(1, token[:, None], 0.0)  # without replacement
         return torch.stack(children, -1), q
+
+    def _scores(self, logits: Tensor, paths: Path) -> Tensor:
+        """Scores [rows, frontier, target vocabulary] after the target's own processors."""
+        return process(self._align(logits), [row.processors for row in self.rows], paths)
 
     def _align(self, logits: Tensor) -> Tensor:
         """To the target's width: ids the draft lacks have probability 0, ids the target lacks are never proposed.
