@@ -33,11 +33,13 @@ _NEVER = -1.0e9  # transformers' "no hypothesis here"; finite, so that it can be
 class Beams:
     """The search's state for some rows: running beams and the finished pool, both ranked best first.
 
-    tokens, finished_tokens: [rows, beams, steps] long. origins, finished_origins: the same shape, the beam each token
-    was continued from. scores: [rows, beams] fp32, summed log-probabilities; finished_scores: with the length
-    penalty. ended: [rows, beams] bool, pool places that are taken. open: [rows] bool, the pool may still improve.
+    length: [rows] long, tokens of each running beam. tokens, finished_tokens: [rows, beams, most] long. origins,
+    finished_origins: the same shape, the beam each token was continued from. scores: [rows, beams] fp32, summed
+    log-probabilities; finished_scores: with the length penalty. finished_by: [rows, beams] long, index into _REASONS.
+    ended: [rows, beams] bool, pool places that are taken. open: [rows] bool, the pool may still improve.
     """
 
+    length: Tensor
     tokens: Tensor
     origins: Tensor
     scores: Tensor
@@ -45,13 +47,22 @@ class Beams:
     finished_origins: Tensor
     finished_lengths: Tensor
     finished_scores: Tensor
-    finished_by: Tensor  # [rows, beams] long: index into _REASONS
+    finished_by: Tensor
     ended: Tensor
     open: Tensor
 
     def rows(self, index: Tensor) -> Beams:
         """These rows only."""
         return Beams(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
+
+    def where(self, chosen: Tensor, other: Beams) -> Beams:
+        """These for the chosen rows ([rows] bool), `other` for the rest."""
+        pairs = [(getattr(self, name), getattr(other, name)) for name in self.__dataclass_fields__]
+        return Beams(*(torch.where(chosen.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in pairs))
+
+    def last(self, values: Tensor) -> Tensor:
+        """values [rows, beams, most] at each row's last step: [rows, beams]."""
+        return values.gather(2, (self.length - 1).view(-1, 1, 1).expand(-1, values.shape[1], 1)).squeeze(2)
 
 
 _REASONS = ("length", "eos", "stop")
@@ -101,14 +112,14 @@ def ranking(request: Request) -> Ranking:
     return Ranking(config.num_beams, max(2, 1 + len(request.eos)) * config.num_beams, penalty, early)
 
 
-def start_beams(rows: int, num_beams: int, device: torch.device) -> Beams:
-    """One empty beam per row that counts, and no finished hypothesis."""
-    none = torch.zeros(rows, num_beams, 0, dtype=torch.long, device=device)
+def start_beams(rows: int, num_beams: int, most: int, device: torch.device) -> Beams:
+    """One empty beam per row that counts, and no finished hypothesis. most: tokens that a hypothesis may have."""
+    none = torch.zeros(rows, num_beams, most, dtype=torch.long, device=device)
     zeros = torch.zeros(rows, num_beams, device=device)
     scores = zeros.clone()
     scores[:, 1:] = _NEVER  # else all beams would start with the same continuations
     whole = zeros.long()
-    return Beams(none, none, scores, none, none, whole, zeros + _NEVER, whole, zeros.bool(),
+    return Beams(whole[:, 0], none, none, scores, none, none, whole, zeros + _NEVER, whole, zeros.bool(),
                  torch.ones(rows, dtype=torch.bool, device=device))
 
 
@@ -119,13 +130,14 @@ def step(beams: Beams, log_probs: Tensor, rule: Ranking, request: Request, live:
     log_probs: [rows, beams, vocabulary] fp32, processed. live: the request's row behind each row.
     """
     width, vocabulary = log_probs.shape[1:]
-    length = beams.tokens.shape[2] + 1
+    length = beams.length + 1  # of the candidates
     total = (log_probs + beams.scores[..., None]).flatten(1)
     best, index = total.topk(rule.keep)
     origin, token = index // vocabulary, index % vocabulary
-    tokens = torch.cat([_gather(beams.tokens, origin), token[..., None]], 2)
-    origins = torch.cat([_gather(beams.origins, origin), origin[..., None]], 2)
-    reason = _endings(tokens, request, live)
+    end = beams.length.view(-1, 1, 1).expand(-1, rule.keep, 1)
+    tokens = _gather(beams.tokens, origin).scatter(2, end, token[..., None])
+    origins = _gather(beams.origins, origin).scatter(2, end, origin[..., None])
+    reason = _endings(tokens, token, length, request, live)
     ends = reason >= 0
 
     # The best candidates that do not end run on.
@@ -134,29 +146,29 @@ def step(beams: Beams, log_probs: Tensor, rule: Ranking, request: Request, live:
     # Of the first `num_beams` candidates, those that end may enter the pool; the others are only spare.
     enters = ends.clone()
     enters[:, width:] = False
-    score = best / length**rule.length_penalty
+    score = best / length[:, None].float() ** rule.length_penalty
     full = beams.ended.all(1, keepdim=True) & (rule.early_stopping is True)
     score = score + (full | ~beams.open[:, None]) * _NEVER + ~enters * _NEVER
 
     pool_scores = torch.cat([beams.finished_scores, score], 1)
     kept = pool_scores.topk(width).indices
-    longer = torch.nn.functional.pad
 
     def pool(old: Tensor, new: Tensor) -> Tensor:
         return _gather(torch.cat([old, new], 1), kept)
 
     after = Beams(
-        tokens=_gather(tokens, chosen), origins=_gather(origins, chosen), scores=running.gather(1, chosen),
-        finished_tokens=pool(longer(beams.finished_tokens, (0, 1)), tokens),
-        finished_origins=pool(longer(beams.finished_origins, (0, 1)), origins),
-        finished_lengths=pool(beams.finished_lengths, torch.full_like(token, length)),
+        length=length, tokens=_gather(tokens, chosen), origins=_gather(origins, chosen),
+        scores=running.gather(1, chosen),
+        finished_tokens=pool(beams.finished_tokens, tokens),
+        finished_origins=pool(beams.finished_origins, origins),
+        finished_lengths=pool(beams.finished_lengths, length[:, None].expand_as(token)),
         finished_scores=pool_scores.gather(1, kept),
         finished_by=pool(beams.finished_by, reason),
         ended=pool(beams.ended, enters), open=beams.open)
 
     # Can a running beam still beat the worst of the pool? (transformers' heuristics for the length it may reach)
     limit = torch.tensor([request.rows[row].max_new_tokens for row in live], device=token.device)
-    reach = limit if rule.early_stopping == "never" and rule.length_penalty > 0 else torch.full_like(limit, length)
+    reach = limit if rule.early_stopping == "never" and rule.length_penalty > 0 else length
     hope = after.scores[:, :1] / reach[:, None].float() ** rule.length_penalty
     worst = torch.where(after.ended, after.finished_scores.min(1, keepdim=True).values, _NEVER)
     still = after.open & (hope > worst).any(1)
@@ -167,15 +179,14 @@ def step(beams: Beams, log_probs: Tensor, rule: Ranking, request: Request, live:
     return after, over
 
 
-def _endings(tokens: Tensor, request: Request, live: Sequence[int]) -> Tensor:
+def _endings(tokens: Tensor, last: Tensor, length: Tensor, request: Request, live: Sequence[int]) -> Tensor:
     """[rows, candidates] long: -1 runs on, else what ends the candidate (index into _REASONS)."""
-    last, length = tokens[..., -1], tokens.shape[2]
     reason = torch.full_like(last, -1)
     limits = torch.tensor([request.rows[row].max_new_tokens for row in live], device=last.device)
-    reason[limits == length] = 0
+    reason[length >= limits] = 0
     if request.stopping:
-        for i, row in enumerate(live):
-            for j, ids in enumerate(tokens[i].tolist()):
+        for i, (row, reached) in enumerate(zip(live, length.tolist(), strict=True)):
+            for j, ids in enumerate(tokens[i, :, :reached].tolist()):
                 if stops(request.stopping, request.rows[row].prompt + ids, last.device):
                     reason[i, j] = 2
     for token in request.eos:
@@ -192,9 +203,9 @@ def _gather(values: Tensor, index: Tensor) -> Tensor:
 
 def log_probabilities(logits: Tensor, beams: Beams, request: Request, live: Sequence[int]) -> Tensor:
     """[rows, beams, vocabulary] fp32: normalised first, then processed, as transformers does for beams."""
-    running = beams.tokens.tolist() if any(request.rows[row].processors for row in live) else None
+    running, length = beams.tokens, beams.length
     return process(logits.float().log_softmax(-1), [request.rows[row].processors for row in live],
-                   lambda i, beam: request.rows[live[i]].prompt + (running[i][beam] if running else []))
+                   lambda i, beam: request.rows[live[i]].prompt + running[i, beam, : int(length[i])].tolist())
 
 
 def hypotheses(beams: Beams, row: int, count: int) -> list[Hypothesis]:
@@ -219,7 +230,7 @@ def _search(target: PreTrainedModel, request: Request, num_return_sequences: int
     batch = Batch(request, target)
     # Beams share most of their past: what they need beyond one answer each is made when it is needed.
     tree = TokenTree(adapter, len(lengths), max(lengths) + max(room) + 4 * rule.num_beams)
-    beams = start_beams(len(lengths), rule.num_beams, tree.device)
+    beams = start_beams(len(lengths), rule.num_beams, max(room), tree.device)
     found: list[list[Hypothesis]] = [[] for _ in lengths]
 
     logits, tips = tree.extend(tree.tips([0] * len(lengths)), chain(prompts, tree.device), last_only=True)
@@ -234,10 +245,7 @@ def _search(target: PreTrainedModel, request: Request, num_return_sequences: int
                 batch.round_done(row, start, [], 0, 1)
             if done[i]:
                 found[row] = hypotheses(beams, i, num_return_sequences)
-                state, best = batch.rows[row], found[row][0]
-                state.tokens, state.finish_reason = best.tokens, best.finish_reason
-                state.sources = ["plain"] * len(best.tokens)
-                state.token_rounds = list(range(len(best.tokens)))
+                batch.finish(row, found[row][0], list(range(len(found[row][0].tokens))))
         if start is None:
             batch.prefill_done()
             for state in batch.rows:
@@ -250,7 +258,7 @@ def _search(target: PreTrainedModel, request: Request, num_return_sequences: int
             beams, tips = beams.rows(kept), tips.rows(kept)
         start = batch.clock.mark()
         # Surviving is gathering: each beam's new node hangs below the beam that it was continued from.
-        tips = tips.pick(beams.origins[..., -1] if tips.depth.shape[1] > 1 else beams.origins[..., -1] * 0)
+        tips = tips.pick(beams.last(beams.origins).clamp(max=tips.depth.shape[1] - 1))
         own = torch.arange(rule.num_beams, device=tree.device).expand(len(batch.live), -1)
-        logits, tips = tree.extend(tips, leaves(beams.tokens[..., -1], own))
+        logits, tips = tree.extend(tips, leaves(beams.last(beams.tokens), own))
         batch.phases["verify"].append((start, batch.clock.mark()))

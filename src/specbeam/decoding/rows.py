@@ -95,6 +95,12 @@ class Batch:
             return "stop"
         return "length" if state.remaining == 0 else None
 
+    def finish(self, row: int, best: Hypothesis, rounds: Sequence[int]) -> None:
+        """A beam search ended a row: its best hypothesis, and the round in which each of its tokens was found."""
+        state = self.rows[row]
+        state.tokens, state.finish_reason = best.tokens, best.finish_reason
+        state.sources, state.token_rounds = ["plain"] * len(best.tokens), list(rounds)
+
     def prefill_done(self) -> None:
         """The first new tokens are known (and on the host): everything from here on is decoding."""
         self.prefilled = self.clock.mark()

@@ -35,7 +35,9 @@ def speculative_generate(target: PreTrainedModel, draft: PreTrainedModel | None,
                          confidence_threshold: float = 0.0, costs: str | None = None, temperature: float = 0.0,
                          drafter: str = "draft_model", acceptance: str = "rejection",
                          branching: Sequence[int] | None = None, tree_nodes: int | None = None,
-                         tree_width: int = 4, seed: int | Sequence[int] = 0, **options) -> GenerationOutput:
+                         tree_width: int = 4, ngram: int = 3, branches: int = 1, corpus: str | None = None,
+                         exit_layer: int | None = None, min_match: int = 4, seed: int | Sequence[int] = 0,
+                         **options) -> GenerationOutput:
     """Speculative decoding; other arguments as in `greedy_generate` and `sample_generate`.
 
     draft: a model of the target's vocabulary; None for drafters without one. draft_length: how deep a proposal goes
@@ -45,6 +47,11 @@ def speculative_generate(target: PreTrainedModel, draft: PreTrainedModel | None,
     specbeam.drafting.DRAFTERS. branching: children per node at each depth, as [3, 2, 1, 1], in place of a chain.
     tree_nodes: grow a tree of so many nodes, `tree_width` of them continued at each depth. acceptance: when sampling,
     "rejection", (chains only) "block", or, LOSSY, "typical".
+
+    prompt_lookup: ngram, the longest n-gram looked up, and branches, how many different continuations become a tree.
+    suffix, combined: corpus, a .jsonl file of earlier answers, {"tokens"} or (with `tokenizer`) {"text"} a line.
+    combined: min_match, the shortest match that is proposed in place of the draft's tokens. early_exit: exit_layer,
+    how many layers draft (default: a third). token_recycling: tree_nodes, its tree's budget (default 24).
     """
     if not isinstance(temperature, int | float) or not 0 <= temperature < float("inf"):
         raise InputError(f"temperature is {temperature!r}: give 0 for greedy, or a number above 0 to sample.")
@@ -57,7 +64,8 @@ def speculative_generate(target: PreTrainedModel, draft: PreTrainedModel | None,
         raise InputError("acceptance=typical changes what is sampled, but temperature is 0 (greedy): give a "
                          "temperature above 0.")
     settings = Settings(drafter, draft_length, tuple(branching or ()), tree_nodes or 0, tree_width,
-                        confidence_threshold, costs)
+                        confidence_threshold, costs, ngram, branches, corpus, exit_layer, min_match,
+                        options.get("tokenizer"))
     settings.check(draft)
     if temperature > 0:
         options["temperature"] = temperature

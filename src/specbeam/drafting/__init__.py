@@ -62,9 +62,20 @@ class Drafter(Protocol):
 
 DRAFTERS = {  # name → module; each module has make(settings, target, draft, request, vocabulary) → Drafter
     "draft_model": "specbeam.drafting.draft_model",
+    "prompt_lookup": "specbeam.drafting.prompt_lookup",
+    "suffix": "specbeam.drafting.suffix",
+    "token_recycling": "specbeam.drafting.token_recycling",
+    "early_exit": "specbeam.drafting.early_exit",
+    "combined": "specbeam.drafting.combined",
 }
 LONGEST_AUTO = 8  # tokens that draft_length=auto proposes at most
 NEEDS_DRAFT = ("draft_model",)
+OPTIONS_OF = {  # options that only some drafters know: with another one they are refused, never ignored
+    "branching": ("draft_model", "early_exit", "combined"),
+    "tree_nodes": ("draft_model", "early_exit", "combined", "token_recycling"),
+    "ngram": ("prompt_lookup",), "branches": ("prompt_lookup",), "corpus": ("suffix", "combined"),
+    "exit_layer": ("early_exit",), "min_match": ("combined",),
+}
 
 
 @dataclass(frozen=True)
@@ -78,6 +89,12 @@ class Settings:
     tree_width: int = 4
     confidence_threshold: float = 0.0
     costs: str | None = None
+    ngram: int = 3
+    branches: int = 1
+    corpus: str | None = None
+    exit_layer: int | None = None
+    min_match: int = 4
+    tokenizer: Any = None  # spells the corpus
 
     @property
     def depth(self) -> int:
@@ -94,6 +111,12 @@ class Settings:
             width *= children
             total += width
         return total
+
+    @property
+    def trees(self) -> bool:
+        """Whether a proposal may be more than a chain."""
+        return bool(self.tree_nodes) or self.branches > 1 or self.drafter == "token_recycling" or any(
+            n > 1 for n in self.branching)
 
     def check(self, draft: object) -> None:
         """Raises InputError for settings that make no sense, in one sentence."""
@@ -120,6 +143,13 @@ class Settings:
                              "least 1.")
         if self.branching and self.tree_nodes:
             raise InputError("branching and tree_nodes were both given: a tree is either of a fixed shape or grown.")
+        for name, drafters in OPTIONS_OF.items():
+            if getattr(self, name) != getattr(Settings, name) and self.drafter not in drafters:
+                raise InputError(f"{name}={getattr(self, name)!r} does nothing with drafter={self.drafter}: leave it "
+                                 f"out, or use drafter={' or '.join(drafters)}.")
+        for name in ("ngram", "branches", "min_match"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)!r}: it must be a whole number, at least 1.")
         if self.drafter in NEEDS_DRAFT and draft is None:
             raise InputError(f"drafter={self.drafter} needs a draft model and none was given: give one, or choose "
                              "another drafter.")
