@@ -14,6 +14,7 @@ _HOME = {
     "beam_generate": "specbeam.decoding.beam",
     "greedy_generate": "specbeam.decoding.greedy",
     "sample_generate": "specbeam.decoding.sample",
+    "speculative_beam_generate": "specbeam.decoding.speculative_beam",
     "speculative_generate": "specbeam.decoding.speculative",
     "load_model": "specbeam.models",
     "load_pair": "specbeam.models",
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from specbeam.decoding.greedy import greedy_generate as greedy_generate
     from specbeam.decoding.sample import sample_generate as sample_generate
     from specbeam.decoding.speculative import speculative_generate as speculative_generate
+    from specbeam.decoding.speculative_beam import speculative_beam_generate as speculative_beam_generate
     from specbeam.errors import InputError as InputError
     from specbeam.models import load_model as load_model
     from specbeam.models import load_pair as load_pair

@@ -33,6 +33,8 @@ METHODS: dict[str, Method] = {
     "speculative": Method("specbeam.decoding.speculative:speculative_generate", "greedy", speculates=True,
                           options=("draft_length",)),
     "beam": Method("specbeam.decoding.beam:beam_generate", "beam"),
+    "speculative_beam": Method("specbeam.decoding.speculative_beam:speculative_beam_generate", "beam",
+                               speculates=True, options=("draft_length", "draft_beams")),
     "transformers_greedy": Method(f"{_PEER}:transformers_greedy", "greedy"),
     "transformers_sample": Method(f"{_PEER}:transformers_sample", "sample"),
     "transformers_assisted": Method(f"{_PEER}:transformers_assisted", "greedy", speculates=True, batched=False,

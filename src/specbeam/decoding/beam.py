@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,6 +87,17 @@ def beam_generate(target: PreTrainedModel, input_ids: Tensor | Sequence[Tensor],
     Each row's `hypotheses` holds `num_return_sequences` answers, best first; `score` is transformers'
     `sequences_scores`; `beams` names, for each token, the beam that it was continued from.
     """
+    check_beams(num_beams, num_return_sequences, options)
+    if num_beams == 1:
+        return greedy_generate(target, input_ids, attention_mask, **options)
+    request = settle(target, input_ids, attention_mask, sampled=False,
+                     beams=(num_beams, num_return_sequences), **options)
+    with evaluating(target):
+        return _search(target, request, num_return_sequences)
+
+
+def check_beams(num_beams: int, num_return_sequences: int, options: dict[str, Any]) -> None:
+    """Raises InputError for what no beam search can do."""
     if isinstance(num_beams, bool) or not isinstance(num_beams, int) or num_beams < 1:
         raise InputError(f"num_beams is {num_beams!r}: it must be a whole number of at least 1.")
     if not 1 <= num_return_sequences <= num_beams:
@@ -94,12 +106,6 @@ def beam_generate(target: PreTrainedModel, input_ids: Tensor | Sequence[Tensor],
     if options.get("streamer") is not None:
         raise InputError("streamer was given to beam search, whose answer is only known at its end: leave it out, or "
                          "stream greedy_generate.")
-    if num_beams == 1:
-        return greedy_generate(target, input_ids, attention_mask, **options)
-    request = settle(target, input_ids, attention_mask, sampled=False,
-                     beams=(num_beams, num_return_sequences), **options)
-    with evaluating(target):
-        return _search(target, request, num_return_sequences)
 
 
 def ranking(request: Request) -> Ranking:
@@ -114,7 +120,8 @@ def ranking(request: Request) -> Ranking:
 
 def start_beams(rows: int, num_beams: int, most: int, device: torch.device) -> Beams:
     """One empty beam per row that counts, and no finished hypothesis. most: tokens that a hypothesis may have."""
-    none = torch.zeros(rows, num_beams, most, dtype=torch.long, device=device)
+    # One place more: rows that ended are stepped along with the others, and the result is thrown away.
+    none = torch.zeros(rows, num_beams, most + 1, dtype=torch.long, device=device)
     zeros = torch.zeros(rows, num_beams, device=device)
     scores = zeros.clone()
     scores[:, 1:] = _NEVER  # else all beams would start with the same continuations

@@ -11,6 +11,7 @@ Every row of a batch accepts by itself; nobody waits for the slowest.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,12 +37,13 @@ def speculative_generate(target: PreTrainedModel, draft: PreTrainedModel | None,
                          drafter: str = "draft_model", acceptance: str = "rejection",
                          branching: Sequence[int] | None = None, tree_nodes: int | None = None,
                          tree_width: int = 4, ngram: int = 3, branches: int = 1, corpus: str | None = None,
-                         exit_layer: int | None = None, min_match: int = 4, seed: int | Sequence[int] = 0,
-                         **options) -> GenerationOutput:
+                         exit_layer: int | None = None, min_match: int = 4, vocabulary: str = "same",
+                         draft_tokenizer: Any = None, seed: int | Sequence[int] = 0, **options) -> GenerationOutput:
     """Speculative decoding; other arguments as in `greedy_generate` and `sample_generate`.
 
-    draft: a model of the target's vocabulary; None for drafters without one. draft_length: how deep a proposal goes
-    (γ ≥ 1), or "auto": as deep as it pays (drafting/length.py; `costs`: a file that freezes what it learned).
+    draft: a model of the target's vocabulary (or see `vocabulary`); None for drafters without one. draft_length: how
+    deep a proposal goes (γ ≥ 1), or "auto": as deep as it pays (drafting/length.py; `costs`: a file that freezes what
+    it learned).
     confidence_threshold: stop a proposal where the draft's largest probability is below it. temperature: 0 is greedy,
     above 0 samples (`top_k`, `top_p`, … are then honoured, for draft and target alike). drafter: a name in
     specbeam.drafting.DRAFTERS. branching: children per node at each depth, as [3, 2, 1, 1], in place of a chain.
@@ -52,6 +54,9 @@ def speculative_generate(target: PreTrainedModel, draft: PreTrainedModel | None,
     suffix, combined: corpus, a .jsonl file of earlier answers, {"tokens"} or (with `tokenizer`) {"text"} a line.
     combined: min_match, the shortest match that is proposed in place of the draft's tokens. early_exit: exit_layer,
     how many layers draft (default: a third). token_recycling: tree_nodes, its tree's budget (default 24).
+
+    vocabulary: "same", or with `tokenizer` (the target's) and `draft_tokenizer`, which may then differ, "tli", "slem"
+    or "auto" (drafting/cross_vocabulary.py).
     """
     if not isinstance(temperature, int | float) or not 0 <= temperature < float("inf"):
         raise InputError(f"temperature is {temperature!r}: give 0 for greedy, or a number above 0 to sample.")
@@ -65,7 +70,7 @@ def speculative_generate(target: PreTrainedModel, draft: PreTrainedModel | None,
                          "temperature above 0.")
     settings = Settings(drafter, draft_length, tuple(branching or ()), tree_nodes or 0, tree_width,
                         confidence_threshold, costs, ngram, branches, corpus, exit_layer, min_match,
-                        options.get("tokenizer"))
+                        options.get("tokenizer"), vocabulary, draft_tokenizer)
     settings.check(draft)
     if temperature > 0:
         options["temperature"] = temperature

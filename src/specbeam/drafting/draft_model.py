@@ -48,6 +48,10 @@ class Shape:
 
 def make(settings: Settings, target: PreTrainedModel, draft: PreTrainedModel, request: Request, vocabulary: int
          ) -> DraftModel:
+    if settings.vocabulary != "same":
+        from specbeam.drafting import cross_vocabulary
+
+        return cross_vocabulary.make(settings, draft, request, vocabulary)
     return DraftModel(draft, request, Shape.of(settings), vocabulary)
 
 
@@ -241,13 +245,13 @@ class DraftModel:
 
     def _scores(self, logits: Tensor, paths: Path) -> Tensor:
         """Scores [rows, frontier, target vocabulary] after the target's own processors."""
-        return process(self._align(logits), [row.processors for row in self.rows], paths)
+        return process(align(logits, self.vocabulary), [row.processors for row in self.rows], paths)
 
-    def _align(self, logits: Tensor) -> Tensor:
-        """To the target's width: ids the draft lacks have probability 0, ids the target lacks are never proposed.
 
-        Widths of one family differ by padding (Qwen2.5: 151,936 and 152,064)."""
-        missing = self.vocabulary - logits.shape[-1]
-        if missing > 0:
-            return torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
-        return logits[..., : self.vocabulary]
+def align(logits: Tensor, vocabulary: int) -> Tensor:
+    """Draft logits at the target's width: ids the draft lacks have probability 0, ids the target lacks are never
+    proposed. Widths of one family differ by padding (Qwen2.5: 151,936 and 152,064)."""
+    missing = vocabulary - logits.shape[-1]
+    if missing > 0:
+        return torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
+    return logits[..., :vocabulary]

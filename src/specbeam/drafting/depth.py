@@ -1,0 +1,89 @@
+"""How many beam steps the draft goes ahead: fixed, or as many as pay.
+
+`auto` knows from earlier rounds s_k, how often the k-th step was still in the tree when the one before it was, and
+seconds per round at each depth. Expected steps at depth d: 1 + s_1 + s_1 s_2 + … + s_1 … s_d; it takes the depth with
+the most expected steps per second, 0 (plain steps) included, and now and then tries its neighbours.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+from weakref import WeakKeyDictionary
+
+LONGEST = 6
+
+
+@dataclass
+class Costs:
+    """Measured at one pair, width and number of rows."""
+
+    seconds: dict[int, deque[float]] = field(default_factory=dict)  # of a round, by depth
+    reached: list[float] = field(default_factory=lambda: [1.0] * LONGEST)  # prior: half of them survive
+    survived: list[float] = field(default_factory=lambda: [0.5] * LONGEST)
+    rounds: int = 0
+    pause: int = 8  # rounds until a neighbour is tried
+
+
+_known: WeakKeyDictionary[Any, dict[tuple, Costs]] = WeakKeyDictionary()
+
+
+class Depth:
+    """Chooses for one batch."""
+
+    def __init__(self, target: Any, draft: Any, length: int | str, num_beams: int, draft_beams: int, rows: int):
+        self.auto, self.fixed, self.why = length == "auto", length, "length"
+        self.target, self.key = target, (id(draft), num_beams, draft_beams)
+        self.rows(rows)
+
+    def rows(self, rows: int) -> None:
+        """Go on with so many rows: a forward's cost depends on them."""
+        self.costs = _known.setdefault(self.target, {}).setdefault((*self.key, rows), Costs())
+
+    def choose(self) -> int:
+        if not self.auto:
+            assert isinstance(self.fixed, int)
+            return self.fixed
+        costs = self.costs
+        costs.rounds += 1
+        for depth in (0, 2):  # two yardsticks, then the rest by interpolation
+            if len(costs.seconds.get(depth, ())) < 2:
+                self.why = "measuring"
+                return depth
+        best = max(range(LONGEST + 1), key=self.rate)
+        self.why = "best rate" if best else "does not pay"
+        if costs.rounds % costs.pause == 0:
+            other = best + 1 if best == 0 or (costs.rounds // costs.pause) % 2 else best - 1
+            costs.pause = min(2 * costs.pause, 128) if best == 0 else 16
+            self.why = "trying"
+            return min(other, LONGEST)
+        return best
+
+    def rate(self, depth: int) -> float:
+        """Expected steps per second."""
+        steps = chance = 1.0
+        for reached, survived in zip(self.costs.reached[:depth], self.costs.survived[:depth], strict=True):
+            chance *= survived / reached
+            steps += chance
+        return steps / self._seconds(depth)
+
+    def _seconds(self, depth: int) -> float:
+        """Measured, or on the line through the nearest two depths that were."""
+        known = {d: median(s) for d, s in self.costs.seconds.items()}
+        if depth in known:
+            return known[depth]
+        near = sorted(sorted(known, key=lambda d: abs(d - depth))[:2])
+        a, b = near[0], near[-1]
+        slope = max((known[b] - known[a]) / (b - a), 0.0)
+        return max(known[a] + slope * (depth - a), known[0])
+
+    def learn(self, depth: int, steps: list[int], seconds: list[float]) -> None:
+        """steps: committed by each row that goes on (one that ended says nothing about survival)."""
+        costs = self.costs
+        costs.seconds.setdefault(depth, deque(maxlen=9)).append(seconds[2])
+        for count in steps:
+            for k in range(min(depth, count)):
+                costs.reached[k] = 0.97 * costs.reached[k] + 1
+                costs.survived[k] = 0.97 * costs.survived[k] + (count > k + 1)
