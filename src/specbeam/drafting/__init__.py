@@ -70,11 +70,12 @@ DRAFTERS = {  # name → module; each module has make(settings, target, draft, r
 }
 LONGEST_AUTO = 8  # tokens that draft_length=auto proposes at most
 NEEDS_DRAFT = ("draft_model",)
+VOCABULARIES = ("same", "tli", "slem", "auto")  # of target and draft (cross_vocabulary.py)
 OPTIONS_OF = {  # options that only some drafters know: with another one they are refused, never ignored
     "branching": ("draft_model", "early_exit", "combined"),
     "tree_nodes": ("draft_model", "early_exit", "combined", "token_recycling"),
     "ngram": ("prompt_lookup",), "branches": ("prompt_lookup",), "corpus": ("suffix", "combined"),
-    "exit_layer": ("early_exit",), "min_match": ("combined",),
+    "exit_layer": ("early_exit",), "min_match": ("combined",), "vocabulary": ("draft_model", "combined"),
 }
 
 
@@ -94,7 +95,9 @@ class Settings:
     corpus: str | None = None
     exit_layer: int | None = None
     min_match: int = 4
-    tokenizer: Any = None  # spells the corpus
+    tokenizer: Any = None  # the target's: spells the corpus
+    vocabulary: str = "same"
+    draft_tokenizer: Any = None
 
     @property
     def depth(self) -> int:
@@ -150,6 +153,14 @@ class Settings:
         for name in ("ngram", "branches", "min_match"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)!r}: it must be a whole number, at least 1.")
+        if self.vocabulary not in VOCABULARIES:
+            raise InputError(f"vocabulary is {self.vocabulary!r}: it is one of {', '.join(VOCABULARIES)}.")
+        if self.vocabulary != "same" and (draft is None or self.tokenizer is None or self.draft_tokenizer is None):
+            raise InputError(f"vocabulary={self.vocabulary} needs a draft model and both tokenizers: give draft, "
+                             "tokenizer=… (the target's) and draft_tokenizer=….")
+        if self.vocabulary == "slem" and (self.branching or self.tree_nodes):
+            raise InputError("vocabulary=slem proposes chains, but a tree was asked for (branching or tree_nodes): "
+                             "use vocabulary=tli.")
         if self.drafter in NEEDS_DRAFT and draft is None:
             raise InputError(f"drafter={self.drafter} needs a draft model and none was given: give one, or choose "
                              "another drafter.")
