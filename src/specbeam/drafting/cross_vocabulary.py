@@ -32,7 +32,7 @@ from specbeam.engine.support import adapt
 from specbeam.errors import InputError
 from specbeam.sampling import Path, process
 
-_LARGE = 0.5  # vocabulary=auto: TLI when so much of the smaller vocabulary is in both
+_LARGE = 0.5  # vocabulary=auto: TLI when the draft has so many of the target's frequent tokens
 _UNDECODED = "".join(map(chr, range(0xDC80, 0xDD00)))
 
 

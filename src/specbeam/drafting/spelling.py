@@ -120,8 +120,9 @@ class Pair:
 
     @property
     def share(self) -> float:
-        """Of the smaller vocabulary, how much is in both."""
-        return len(self.shared) / max(1, min(len(self.target.bytes_of), len(self.draft.bytes_of)))
+        """How many of the target's most frequent tokens (tokenizers number them first) the draft has too: 0 to 1."""
+        first = sorted(self.target.bytes_of)[:10_000]
+        return sum(id in self.shared for id in first) / max(1, len(first))
 
     def before(self, tokens: Sequence[int]) -> bytes:
         """The last few target tokens as bytes, back to a special one."""
@@ -140,7 +141,7 @@ def pair(target_tokenizer: Any, draft_tokenizer: Any) -> Pair:
     if None not in ends and ends[0] not in shared and ends[1] not in shared.values():
         shared[ends[0]] = ends[1]
     reads = {id: [shared[id]] if id in shared else [] if id == target_tokenizer.bos_token_id
-             else draft.encode(name.encode()) for id, name in target.special.items()}
+             else draft.go_on(b"", name.encode()) for id, name in target.special.items()}
     return Pair(target, draft, shared, reads)
 
 
