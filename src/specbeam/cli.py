@@ -1,4 +1,4 @@
-"""The command line: specbeam compare | generate | report.
+"""The command line: specbeam compare | generate | report | audit.
 
 Nothing heavy is imported until a command needs it, so that help is instant. Exit status: 0; 1 when a cell failed;
 2 for input that makes no sense, said in one sentence; 130 when interrupted.
@@ -23,6 +23,7 @@ specbeam: run, compare and prove LLM decoding methods on Hugging Face models.
   specbeam compare [key=value …]             compare methods on prompts; the defaults need nothing else
   specbeam generate "prompt" [key=value …]   stream one answer by one method
   specbeam report <run folder>               show a finished run's table and write its report again
+  specbeam audit [key=value …]               is a speculative method's output the target's own, on your pair?
 
   specbeam <command> --help                  every key and its default
   specbeam --version
@@ -44,6 +45,13 @@ GENERATE = """\
 specbeam generate "prompt" [key=value …] [--cfg job]
 
 """
+AUDIT = """\
+specbeam audit [key=value …] [--cfg job]
+
+Holds speculative methods against their plain methods, token for token and, where they sample, by their distribution.
+Exit status 1 on a real difference.
+
+"""
 REPORT = """\
 specbeam report <run folder>
 
@@ -55,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; the exit status. One sentence on standard error for an InputError."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     _utf8_output()
-    commands = {"compare": _compare, "generate": _generate, "report": _report}
+    commands = {"compare": _compare, "generate": _generate, "report": _report, "audit": _audit}
     try:
         if not arguments or arguments[0] in ("-h", "--help", "help"):
             print(USAGE, end="")
@@ -116,6 +124,20 @@ def _generate(arguments: list[str]) -> int:
     from specbeam.experiment.generate import generate
 
     return generate(positional[0], config, _console())
+
+
+def _audit(arguments: list[str]) -> int:
+    overrides, flags = _split(arguments, ("--help", "-h", "--cfg"))
+    if "--help" in flags:
+        return _help(AUDIT, "audit.yaml")
+    from specbeam.experiment.compose import compose
+
+    config = compose("audit", overrides)
+    if "--cfg" in flags:
+        return _print_configs([config])
+    from specbeam.experiment.auditing import run_audit
+
+    return run_audit(config, _console())
 
 
 def _report(arguments: list[str]) -> int:

@@ -1,0 +1,169 @@
+"""`specbeam audit`: does a speculative method give the target's own output, on a user's own pair?
+
+Greedy and beams: token for token against the plain method in the same dtype. Where they first differ, the target's
+logits say why: two tokens whose logits lie closer than rounding are a near-tie (the kernels for one token and for
+several round differently, in bf16 visibly), anything else is a real difference. Sampling: draws of the first three
+new tokens against their exact distribution, computed by plain forwards over all that can be drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specbeam.decoding import METHODS, method_family
+from specbeam.decoding.request import settle
+from specbeam.sampling import process
+
+# A false alarm of the sampling test: one in a hundred thousand audits.
+FALSE_ALARM = 1e-5
+_KEPT = 4  # tokens that sampling may choose from at each step (top_k), so that all outcomes can be counted
+_STEPS = 3
+# Logits closer than this part of the largest one are equal up to rounding of the dtype.
+_ROUNDING = {torch.float32: 2e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One method in one dtype. verdict: same | near-ties | different; detail: one sentence."""
+
+    method: str
+    dtype: str
+    verdict: str
+    detail: str
+
+
+def audit_tokens(label: str, settings: dict[str, Any], target: Any, draft: Any, prompts: Sequence[Tensor]) -> Finding:
+    """Greedy or beams: the method's tokens against the plain method's, one prompt at a time."""
+    settings = dict(settings)
+    kind = settings.pop("kind")
+    plain_kind = "beam" if METHODS[kind].family == "beam" else "greedy"
+    own = METHODS[kind].options
+    shared = {name: value for name, value in settings.items() if name not in own}
+    ties: list[str] = []
+    for number, prompt in enumerate(prompts):
+        plain = METHODS[plain_kind].load()(target, [prompt], **shared).tokens[0]
+        mine = METHODS[kind].load()(target, draft, [prompt], **settings).tokens[0]
+        if mine == plain:
+            continue
+        place = next((i for i, (a, b) in enumerate(zip(mine, plain, strict=False)) if a != b),
+                     min(len(mine), len(plain)))
+        gap, size = _gap(target, [*prompt.tolist(), *plain[:place]], _at(plain, place), _at(mine, place))
+        sentence = f"prompt {number}, new token {place}: the target's logits differ by {gap:.3g} there"
+        if plain_kind == "greedy" and gap > _ROUNDING[target.dtype] * size:
+            return Finding(label, _name(target), "different", sentence)
+        ties.append(sentence)
+    if plain_kind == "beam" and ties and target.dtype == torch.float32:
+        return Finding(label, _name(target), "different", ties[0])
+    if ties:
+        return Finding(label, _name(target), "near-ties", f"{len(ties)} of {len(prompts)} answers; {ties[0]}")
+    return Finding(label, _name(target), "same", f"all {len(prompts)} answers token for token")
+
+
+def audit_sampling(label: str, settings: dict[str, Any], target: Any, draft: Any, prompt: Tensor, draws: int,
+                   seed: int) -> Finding:
+    """Sampling: the first tokens of `draws` answers against their exact distribution (chi-square)."""
+    settings = {**settings, "top_k": _KEPT, "eos_token_id": [], "max_new_tokens": _STEPS}
+    kind = settings.pop("kind")
+    own = METHODS[kind].options
+    exact = exact_distribution(target, prompt, {k: v for k, v in settings.items() if k not in own})
+    counts: dict[tuple[int, ...], int] = dict.fromkeys(exact, 0)
+    outside = 0
+    rows = 50
+    for first in range(0, draws, rows):
+        out = METHODS[kind].load()(target, draft, [prompt] * min(rows, draws - first), seed=seed + first, **settings)
+        for tokens in out.tokens:
+            outcome = tuple(tokens)
+            if outcome in counts:
+                counts[outcome] += 1
+            else:
+                outside += 1
+    if outside:
+        return Finding(label, _name(target), "different", f"{outside} of {draws} answers have probability 0")
+    p_value, distance = chi_square([counts[o] for o in exact], list(exact.values()))
+    sentence = f"{draws} draws of {_STEPS} tokens: total variation {distance:.3f}, p = {p_value:.2g}"
+    return Finding(label, _name(target), "same" if p_value > FALSE_ALARM else "different", sentence)
+
+
+def exact_distribution(target: Any, prompt: Tensor, options: dict[str, Any]) -> dict[tuple[int, ...], float]:
+    """Probability of every outcome of the first tokens, from plain forwards of the target and its processors."""
+    request = settle(target, [prompt], None, sampled=True, **options)
+    outcomes: dict[tuple[int, ...], float] = {(): 1.0}
+    with torch.inference_mode():
+        for _ in range(request.rows[0].max_new_tokens):
+            paths = [[*prompt.tolist(), *outcome] for outcome in outcomes]
+            logits = target(input_ids=torch.tensor(paths, device=target.device), use_cache=False).logits[:, -1:]
+            scores = process(logits.transpose(0, 1), [request.rows[0].processors], partial(_of, paths))
+            grown = {}
+            for (outcome, chance), row in zip(outcomes.items(), scores[0].softmax(-1), strict=True):
+                for token in row.nonzero().flatten().tolist():
+                    grown[(*outcome, token)] = chance * float(row[token])
+            outcomes = grown
+    return outcomes
+
+
+def _of(paths: list[list[int]], _: int, node: int) -> list[int]:
+    return paths[node]
+
+
+def chi_square(counts: Sequence[int], expected: Sequence[float]) -> tuple[float, float]:
+    """p-value of Pearson's test, outcomes expected less than five times pooled; and the total variation distance."""
+    total = sum(counts)
+    distance = sum(abs(n / total - p) for n, p in zip(counts, expected, strict=True)) / 2
+    pooled: list[list[float]] = [[0.0, 0.0]]
+    for n, p in sorted(zip(counts, expected, strict=True), key=lambda pair: pair[1]):
+        pooled[-1] = [pooled[-1][0] + n, pooled[-1][1] + p * total]
+        if pooled[-1][1] >= 5:
+            pooled.append([0.0, 0.0])
+    if pooled[-1][1] < 5 and len(pooled) > 1:
+        rest = pooled.pop()
+        pooled[-1] = [pooled[-1][0] + rest[0], pooled[-1][1] + rest[1]]
+    if len(pooled) < 2:
+        return 1.0, distance
+    statistic = sum((n - e) ** 2 / e for n, e in pooled)
+    half = torch.tensor((len(pooled) - 1) / 2, dtype=torch.float64)
+    return float(torch.special.gammaincc(half, torch.tensor(statistic / 2, dtype=torch.float64))), distance
+
+
+def audit(methods: dict[str, dict[str, Any]], dtypes: Sequence[str], load: Callable[[str], Any],
+          conversations: Sequence[Any], config: dict[str, Any], say: Callable[[Finding], None]) -> list[Finding]:
+    """All methods in all dtypes. load(dtype): the models (specbeam.experiment.loaded.Models); conversations: what
+    `render_prompt` takes; config: max_new_tokens, draws, seed, system_prompt; say: called with each finding as it
+    comes."""
+    findings = []
+    for dtype in dtypes:
+        models = load(dtype)
+        prompts = [models.render([one], config["system_prompt"]).input_ids[0] for one in conversations]
+        for label, settings in methods.items():
+            settings = {**settings, "tokenizer": models.tokenizer}
+            if method_family(settings["kind"], settings) != "sample":
+                findings.append(audit_tokens(label, settings, models.target, models.draft, prompts))
+            elif models.target.dtype == torch.float32:  # the rounding of others is no property of the method
+                findings.append(audit_sampling(label, settings, models.target, models.draft, prompts[0],
+                                               config["draws"], config["seed"]))
+            else:
+                continue
+            say(findings[-1])
+    return findings
+
+
+def _gap(target: Any, context: list[int], plain: int | None, mine: int | None) -> tuple[float, float]:
+    """Difference of the target's logits of two tokens after `context`, and its largest logit in size."""
+    if plain is None or mine is None:
+        return float("inf"), 1.0
+    with torch.inference_mode():
+        logits = target(input_ids=torch.tensor([context], device=target.device), use_cache=False).logits[0, -1].float()
+    return abs(float(logits[plain] - logits[mine])), float(logits.abs().max())
+
+
+def _at(tokens: list[int], place: int) -> int | None:
+    return tokens[place] if place < len(tokens) else None
+
+
+def _name(target: Any) -> str:
+    return str(target.dtype).removeprefix("torch.")

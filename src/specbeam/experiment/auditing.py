@@ -1,0 +1,60 @@
+"""`specbeam audit`: the config, the models, the table. What is checked is in specbeam/audit.py."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from specbeam.errors import InputError
+from specbeam.experiment.loaded import Models
+from specbeam.experiment.plan import check_device_and_dtype, check_draft, check_whole, model_path, plan_methods
+from specbeam.experiment.prompts import prompts_from_config
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from specbeam.audit import Finding
+
+_COLOURS = {"same": "green", "near-ties": "yellow", "different": "bold red"}
+
+
+def run_audit(config: dict[str, Any], console: Console) -> int:
+    """Audit and print; the exit status: 1 on a real difference. Raises InputError for what makes no sense."""
+    for name in ("max_new_tokens", "draws"):
+        check_whole(name, config[name], 1)
+    check_whole("seed", config["seed"], 0)
+    methods = plan_methods(config["methods"], config["only"], config["max_new_tokens"])
+    for method in methods:
+        if not method.method.speculates or method.kind.startswith("transformers_"):
+            raise InputError(f"methods.{method.label} is of kind {method.kind}: an audit is of speculative kinds, "
+                             "which it holds against their plain methods.")
+    dtypes = config["dtypes"]
+    if not isinstance(dtypes, list) or not dtypes:
+        raise InputError(f"dtypes is {dtypes!r}: give a list, for example [float32, bfloat16].")
+    target = model_path(config, "target")
+    if target is None:
+        raise InputError("target.path is null: give bundled, a folder or a hub id.")
+    draft = check_draft(methods, target, model_path(config, "draft"))
+    for dtype in dtypes:
+        check_device_and_dtype(config["device"], dtype)
+    prompts = prompts_from_config(config)
+
+    from specbeam.audit import audit
+
+    def load(dtype: str) -> Models:
+        with console.status(f"loading models in {dtype}"):
+            return Models(target, draft, config["device"], dtype)
+
+    def say(finding: Finding) -> None:
+        console.print(f"[{_COLOURS[finding.verdict]}]{finding.verdict:9}[/] {finding.dtype:9} {finding.method}: "
+                      f"{finding.detail}", highlight=False, soft_wrap=True)
+
+    settings = {method.label: method.settings for method in methods}
+    findings = audit(settings, dtypes, load, [prompt.conversation(0) for prompt in prompts], config, say)
+    wrong = [finding for finding in findings if finding.verdict == "different"]
+    ties = [finding for finding in findings if finding.verdict == "near-ties"]
+    if wrong:
+        console.print(f"Verdict: {len(wrong)} of {len(findings)} checks found a real difference.", style="bold red")
+        return 1
+    rest = f" ({len(ties)} with near-ties of the target's own logits)" if ties else ""
+    console.print(f"Verdict: the output is the target's own in all {len(findings)} checks{rest}.", style="bold green")
+    return 0
