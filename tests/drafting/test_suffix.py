@@ -68,17 +68,17 @@ def test_a_corpus_is_followed_to_the_longest_match_in_it(corpus, text):
 
 
 @given(st.lists(texts, min_size=1, max_size=3), texts, st.integers(1, 12))
-def test_the_longer_match_wins_and_its_length_bounds_the_proposal(corpus, text, limit):
+def test_the_longer_match_wins_and_twice_its_length_bounds_the_proposal(corpus, text, limit):
     proposal = propose(text, limit, automaton(*corpus))
     match = max(longest_earlier(text), *(n for n in range(len(text) + 1) for one in corpus
                                          if n == 0 or places(one, text[-n:])))
-    assert len(proposal.tokens[0]) <= min(limit, match) or match == 0
+    assert len(proposal.tokens[0]) <= min(limit, 2 * match)
     assert BORDER not in proposal.tokens[0] and proposal.chained
 
 
 def test_what_repeats_for_long_is_continued_for_long():
-    assert propose([1, 2, 3, 4, 5, 6, 9, 2, 3], 8).tokens == [[4, 5]]
-    assert propose([1, 2, 3, 4, 5, 6, 9, 1, 2, 3], 8).tokens == [[4, 5, 6]]
+    assert propose([1, 2, 3, 4, 5, 6, 9, 3], 8).tokens == [[4, 5]]
+    assert propose([1, 2, 3, 4, 5, 6, 9, 2, 3], 8).tokens == [[4, 5, 6, 9]]
     assert propose([1, 2, 3, 4, 5, 6, 9, 1, 2, 3], 2).tokens == [[4, 5]]
     assert propose([1, 2, 3], 8).why == ["no match"]
     assert propose([1, 2, 3, 4, 2], 8).why == ["match length"]
@@ -86,8 +86,8 @@ def test_what_repeats_for_long_is_continued_for_long():
 
 
 def test_a_threshold_of_confidence_asks_for_long_matches():
-    assert propose([1, 2, 3, 4, 5, 6, 9, 2, 3], 8, confidence_threshold=0.6).tokens == [[4, 5]]
-    assert propose([1, 2, 3, 4, 5, 6, 9, 2, 3], 8, confidence_threshold=0.7).tokens == [[]]
+    assert propose([1, 2, 3, 4, 5, 6, 9, 2, 3], 8, confidence_threshold=0.3).tokens == [[4, 5, 6, 9]]
+    assert propose([1, 2, 3, 4, 5, 6, 9, 2, 3], 8, confidence_threshold=0.4).tokens == [[]]
 
 
 def test_an_answer_that_was_given_before_is_accepted_in_few_rounds(tmp_path):
