@@ -28,7 +28,10 @@ _DTYPES = {
 }  # fmt: skip
 _DECODERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _TOKENIZER_FILES = ("tokenizer.json", "tekken.json", "vocab.*", "*.model", "*.tiktoken")
-_CHOOSE_DRAFT = "give another with draft.path=<folder or hub id>, or leave the speculative methods out with only=[…]"
+_CHOOSE_DRAFT = (
+    "give another with draft.path=<folder or hub id>, draft across vocabularies with kind: speculative and vocabulary: "
+    "auto, or leave the speculative methods out with only=[…]"
+)
 
 
 def load_model(
@@ -64,15 +67,33 @@ def load_pair(
 
     Raises InputError, before any weight is read, when the two do not share a vocabulary.
     """
+    target_model, draft_model, tokenizer, _ = load_pair_with_tokenizers(
+        target, draft, same_vocabulary=True, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+    )
+    return target_model, draft_model, tokenizer
+
+
+def load_pair_with_tokenizers(
+    target: str | os.PathLike[str] = "bundled",
+    draft: str | os.PathLike[str] | None = "bundled",
+    *,
+    same_vocabulary: bool = False,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
+    """Target, draft and the tokenizer of each, for `speculative_generate(vocabulary=…)`: they may differ unless
+    `same_vocabulary`. Otherwise as `load_pair`."""
     require_draft(target, draft, ["load_pair"])
     assert draft is not None
     place = resolve_device(device)
     kind = resolve_dtype(dtype, place)
     ours = _open(target, trust_remote_code)
     theirs = _open("bundled-draft" if draft == "bundled" else draft, trust_remote_code)
-    check_same_vocabulary(ours.tokenizer, theirs.tokenizer, ours.config, theirs.config)
+    if same_vocabulary:
+        check_same_vocabulary(ours.tokenizer, theirs.tokenizer, ours.config, theirs.config)
     target_model, draft_model = _load([ours, theirs], kind, place, trust_remote_code)
-    return target_model, draft_model, ours.tokenizer
+    return target_model, draft_model, ours.tokenizer, theirs.tokenizer
 
 
 def require_draft(target: str | os.PathLike[str], draft: str | os.PathLike[str] | None, methods: Sequence[str]) -> None:

@@ -31,7 +31,7 @@ METHODS: dict[str, Method] = {
     "greedy": Method("specbeam.decoding.greedy:greedy_generate", "greedy"),
     "sample": Method("specbeam.decoding.sample:sample_generate", "sample"),
     "speculative": Method("specbeam.decoding.speculative:speculative_generate", "greedy", speculates=True,
-                          options=("draft_length",)),
+                          options=("draft_length", "vocabulary")),
     "beam": Method("specbeam.decoding.beam:beam_generate", "beam"),
     "speculative_beam": Method("specbeam.decoding.speculative_beam:speculative_beam_generate", "beam",
                                speculates=True, options=("draft_length", "draft_beams")),

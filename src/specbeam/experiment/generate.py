@@ -35,7 +35,7 @@ def generate(prompt: str, config: dict[str, Any], console: Console) -> int:
     draft = check_draft((method,), target, model_path(config, "draft"))
     check_device_and_dtype(config["device"], config["dtype"])
     with console.status("loading models"):
-        models = Models(target, draft, config["device"], config["dtype"])
+        models = Models(target, draft, config["device"], config["dtype"], same_vocabulary=method.same_vocabulary)
     rendered = models.render([prompt], config["system_prompt"])
     if config["debug"].get("render_input_text"):
         from specbeam.chat import show_rendered
@@ -70,7 +70,7 @@ def plan_answer(prompt: str, config: dict[str, Any]) -> PlannedMethod:
     check_text("system_prompt", config["system_prompt"])
     settings = {key: value for key, value in config.items() if key not in KEYS}
     for key in settings:
-        known = [*KEYS, "draft_length", *generation_options()]
+        known = [*KEYS, "draft_length", "vocabulary", *generation_options()]
         if key not in known:
             raise InputError(f"There is no key {key!r}{nearest(key, known)}: specbeam generate --help lists them.")
     return plan_method("", {"kind": config["method"], **settings}, config["max_new_tokens"])

@@ -90,7 +90,7 @@ def fill_probabilities(folder: Path, contexts: dict[tuple[str, str, int], dict[s
 
     traces = [trace for trace in records.read_traces(folder) if records.trace_key(trace) in contexts]
     passes = [("target_probability", models.target, traces)]
-    if models.draft is not None:
+    if models.draft is not None and models.same_vocabulary:  # else its tokens are others
         passes.append(("draft_probability", models.draft, [trace for trace in traces if "draft" in trace["sources"]]))
     for name, model, wanted in passes:
         pairs: dict[tuple[tuple[int, ...], tuple[int, ...]], list[dict[str, Any]]] = {}

@@ -13,9 +13,12 @@ if TYPE_CHECKING:
 
 
 class Models:
-    """The loaded pair; `draft` is None when no method speculates."""
+    """The loaded pair; `draft` is None when no method speculates. `same_vocabulary` asks for a pair that shares one,
+    and then says whether this one does."""
 
-    def __init__(self, target: str, draft: str | None, device: str | None, dtype: str | None):
+    def __init__(
+        self, target: str, draft: str | None, device: str | None, dtype: str | None, same_vocabulary: bool = True
+    ):
         from transformers.utils import logging
 
         from specbeam import models
@@ -24,16 +27,22 @@ class Models:
         logging.disable_progress_bar()
         logging.set_verbosity_error()
         device, dtype = device or "auto", dtype or "auto"
-        self.draft = None
+        self.draft = self.draft_tokenizer = None
         if draft is None:
             self.target, self.tokenizer = models.load_model(target, device=device, dtype=dtype)
         else:
-            self.target, self.draft, self.tokenizer = models.load_pair(target, draft, device=device, dtype=dtype)
+            self.target, self.draft, self.tokenizer, self.draft_tokenizer = models.load_pair_with_tokenizers(
+                target, draft, same_vocabulary=same_vocabulary, device=device, dtype=dtype
+            )
+            same_vocabulary = same_vocabulary or self.tokenizer.get_vocab() == self.draft_tokenizer.get_vocab()
+        self.same_vocabulary = same_vocabulary
 
     def generate(
         self, method: PlannedMethod, batch: RenderedBatch, seeds: list[int], **changes: Any
     ) -> GenerationOutput:
         pair = (self.target, self.draft) if method.method.speculates else (self.target,)
+        if method.options.get("vocabulary", "same") != "same":
+            changes["draft_tokenizer"] = self.draft_tokenizer
         return method.method.load()(
             *pair,
             batch.input_ids,

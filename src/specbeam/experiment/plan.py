@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 
 from specbeam.decoding import METHODS, Method, method_family
+from specbeam.drafting import VOCABULARIES
 from specbeam.errors import InputError
 from specbeam.experiment.compose import nearest
 from specbeam.experiment.prompts import Prompt, prompts_from_config
@@ -112,6 +113,16 @@ class PlannedMethod:
     @property
     def samples(self) -> bool:
         return method_family(self.kind, self.options) == "sample"
+
+    @property
+    def same_vocabulary(self) -> bool:
+        """Whether its draft must share the target's vocabulary."""
+        drafter = self.options.get("drafter", "draft_model")
+        return (
+            self.method.speculates
+            and drafter in ("draft_model", "combined")
+            and self.options.get("vocabulary", "same") == "same"
+        )
 
 
 @dataclass(frozen=True)
@@ -288,6 +299,8 @@ def check_option_value(place: str, name: str, value: Any) -> None:
         return
     if name == "early_stopping" and not (isinstance(value, bool) or value == "never"):
         raise InputError(f"{place}.early_stopping is {value!r}: use true, false or never.")
+    if name == "vocabulary" and value not in VOCABULARIES:
+        raise InputError(f"{place}.vocabulary is {value!r}: use one of {', '.join(VOCABULARIES)}.")
     if name not in RANGES:
         return
     kind, low, closed, high = RANGES[name]

@@ -48,7 +48,8 @@ def compare(config: dict[str, Any], command: list[str], console: Console) -> int
             return show(folder, console)
 
     with console.status("loading models"):
-        models = Models(plan.target, plan.draft, config["device"], config["dtype"])
+        same = any(method.same_vocabulary for method in plan.methods)
+        models = Models(plan.target, plan.draft, config["device"], config["dtype"], same_vocabulary=same)
     # Only now, when nothing can be refused any more, something is written.
     resolved = resolve(plan, models)
     folder = folder or records.new_folder(Path("outputs/compare"))
