@@ -9,6 +9,7 @@ from specbeam.report.escape import escape, visible
 
 # The page stays below 1 MB: what does not fit is left out, and the page says so.
 OUTPUT_BYTES, TOKEN_BYTES = 420_000, 420_000
+_ENDINGS = {"eos": "an end token", "stop": "a stop string", "length": "the length limit"}
 _SOURCE = {"draft": "d", "correction": "c", "bonus": "b", "plain": "p"}
 
 
@@ -42,6 +43,7 @@ def _prompt_block(prompt_id: str, turn: int, answers: Mapping[str, Mapping[str, 
     expected = references[turn] if turn < len(references) else []
     groups = _groups(answers, methods)
     families = list(dict.fromkeys(group[0]["family"] for group in groups))
+    groups.sort(key=lambda group: families.index(group[0]["family"]))
     verdict = "".join(f'<span class="{"bad" if count > 1 else "good"}">{escape(family)}: '
                       f'{"same tokens" if count == 1 else f"{count} different outputs"}</span> '
                       for family in families if (count := sum(group[0]["family"] == family for group in groups))
@@ -83,7 +85,8 @@ def _cell(group: Sequence[dict[str, Any]], groups: Sequence[Sequence[dict[str, A
     model = next(other[0] for other in groups if other[0]["family"] == one["family"] and other[0]["ok"])
     text = _marked(one, model) if model is not one and one["family"] != "sample" else escape(one["text"])
     return (f'<div class="cell"><h4>{names}</h4><p dir="auto">{text}</p>'
-            f'<small>{len(one["tokens"])} tokens, ended by {escape(one["finish"])}</small></div>')
+            f'<small>{len(one["tokens"])} tokens, ended by {escape(_ENDINGS.get(one["finish"], one["finish"]))}</small>'
+            "</div>")
 
 
 def _marked(one: Mapping[str, Any], model: Mapping[str, Any]) -> str:
