@@ -58,20 +58,20 @@ def compare(config: dict[str, Any], command: list[str], console: Console) -> int
     else:
         records.start_run(folder, config, resolved, prompts)
     notes = record_environment(folder, resolved, command, resumed, console)
-    if left:
-        try:
+    try:
+        if left:
             rows = run_cells(folder, plan, left, rows, models, config, console)
-        except KeyboardInterrupt:
-            finished = len(records.read_rows(folder / "rows.jsonl"))
-            console.print(
-                f"\nStopped: {finished} rows are in {folder / 'rows.jsonl'}; the same command with "
-                f"output_dir={folder} finishes the run.",
-                highlight=False,
-                soft_wrap=True,
-            )
-            raise
-    with console.status("judging the answers"):
-        summary = judge(folder, plan, rows, models, config, {**resolved, "notes": notes})
+        with console.status("judging the answers"):
+            summary = judge(folder, plan, rows, models, config, {**resolved, "notes": notes})
+    except KeyboardInterrupt:
+        finished = len(records.read_rows(folder / "rows.jsonl"))
+        console.print(
+            f"\nStopped: {finished} rows are in {folder / 'rows.jsonl'}; the same command with output_dir={folder} "
+            "finishes the run.",
+            highlight=False,
+            soft_wrap=True,
+        )
+        raise
     records.write_json(folder / "summary.json", summary)
 
     from specbeam.tracking import track
