@@ -54,7 +54,7 @@ def speedups(methods: Methods, baselines: Sequence[str]) -> str:
         return ""
     reach = [value for _, _, one in lines for value in (one["median"], one["low"], one["high"]) if value]
     low, high = min(0.8, *reach) * 0.95, max(1.25, *reach) * 1.05
-    width, left, right, row = 760, 330, 120, 26
+    width, left, right, row = 780, 330, 140, 26
     height = 40 + row * len(lines)
 
     def x(value: float) -> float:
