@@ -7,9 +7,10 @@ import functools
 from collections.abc import Sequence
 
 import torch
-from tiny import tiny_draft, tiny_model
+from tiny import VOCABULARY, tiny_draft, tiny_model
+from tokenizers import Tokenizer, decoders, models
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from specbeam.trace import GenerationOutput
 
@@ -74,3 +75,12 @@ def right_padded(rows: Sequence[Tensor], pad: int = 0) -> tuple[Tensor, Tensor]:
     width = max(len(row) for row in rows)
     ids = torch.stack([torch.nn.functional.pad(row, (0, width - len(row)), value=pad) for row in rows])
     return ids, torch.stack([torch.arange(width) < len(row) for row in rows]).long()
+
+
+@functools.cache
+def letters() -> PreTrainedTokenizerFast:
+    """A tokenizer for the tiny vocabulary: one character a token."""
+    names = [f"<{i}>" for i in range(10)] + [chr(35 + i) for i in range(VOCABULARY - 10)]
+    tokenizer = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, [], unk_token="<0>"))
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<0>")
