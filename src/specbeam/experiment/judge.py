@@ -93,7 +93,8 @@ def fill_probabilities(folder: Path, contexts: dict[tuple[str, str, int], dict[s
     passes = [("target_probability", models.target, traces)]
     if models.draft is not None:
         # a draft with a narrower vocabulary cannot read every text of the target
-        size = models.draft.get_input_embeddings().weight.shape[0]
+        embeddings: Any = models.draft.get_input_embeddings()
+        size = embeddings.weight.shape[0]
         readable = [
             trace
             for trace in traces
