@@ -91,6 +91,14 @@ def test_a_new_label_needs_no_plus() -> None:
     assert config["methods"]["greedy"] == {"kind": "greedy", "min_p": 0.1}
 
 
+def test_a_whole_methods_value_is_exactly_those_methods() -> None:
+    config = compose("config", ["methods={a: {kind: greedy}}", "methods.b={kind: beam}"])
+    assert config["methods"] == {"a": {"kind": "greedy"}, "b": {"kind": "beam"}}
+    assert list(compose("config", ["~methods.beam", "~methods.transformers_beam"])["methods"]) == [
+        "greedy", "speculative", "transformers_greedy", "transformers_assisted",
+    ]  # fmt: skip
+
+
 def test_a_target_preset_brings_its_draft_and_the_command_line_wins() -> None:
     assert compose("config", ["target=gpt2"])["draft"]["path"] == "distilbert/distilgpt2"
     assert compose("config", ["target=tinyllama-1.1b-chat"])["draft"]["path"] is None
@@ -121,6 +129,10 @@ def test_paths_with_odd_characters_are_taken_as_they_are(path: str) -> None:
         (["compare", "target=qwen2.5-3b-instrct"], "did you mean target=qwen2.5-3b-instruct?"),
         (["compare", "prompt_set=nope"], "There is no prompt_set named 'nope'"),
         (["compare", "hello"], "'hello' is no override"),
+        (["compare", "=3"], "'=3' is no override"),
+        (["compare", "~methods.bam"], "did you mean methods.beam?"),
+        (["compare", "methods=null"], "methods is empty"),
+        (["compare", "wandb=disabled"], "wandb is 'disabled'"),
         (["compare", "prompts=[one"], "'prompts=[one' cannot be read"),
         (["compare", "seed=1,2"], "use --multirun"),
         (["compare", "methods={}"], "methods is empty"),

@@ -7,6 +7,7 @@ Nothing heavy is imported until a command needs it, so that help is instant. Exi
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -219,9 +220,10 @@ def _console() -> Any:
 
     def say_once(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
         text = " ".join(str(message).split())
-        if issubclass(category, UserWarning) and text not in said:
-            said.add(text)
-            console.print(f"note: {text}", style="yellow", highlight=False, markup=False)
+        kind = re.sub(r"\d+", "#", text)  # the same note about another prompt
+        if issubclass(category, UserWarning) and kind not in said:
+            said.add(kind)
+            console.print(f"note: {text}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
     class SayOnce(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 from vocabularies import ENGLISH, OTHER, byte_level, characters, sentencepiece
 
@@ -120,3 +122,12 @@ def test_a_text_of_nothing_but_a_bos_still_gives_the_draft_something_to_read():
 def test_a_tokenizer_that_lacks_a_byte_leaves_it_out():
     words = Spelling(characters(["a", "b", "ab"], [("a", "b")]))
     assert words.spell(words.go_on(b"a", b"b?ab")) == b"bab"
+
+
+@every_kind
+def test_added_tokens_stand_for_their_text(kind):
+    tokenizer = copy.deepcopy(KINDS[kind])
+    tokenizer.add_tokens(["    ", "\n\n\n"])
+    words = Spelling(tokenizer)
+    assert [words.bytes_of[tokenizer.convert_tokens_to_ids(token)] for token in ("    ", "\n\n\n")] == [
+        b"    ", b"\n\n\n"]

@@ -14,7 +14,7 @@ from specbeam.errors import InputError
 from specbeam.report.build import write_report
 
 HOSTILE = ('</script><script>alert(1)</script><img src=x onerror=alert(2)> "quoted" \'&amp; $title ${data} '
-           '\x00\x07\x1b[31m            '\u202egnihtemos\u202c \u200b\u2028 \ud800 ]]> <!-- &#x3c; \x7f\x85')
+           '\x00\x07\x1b[31m \u202egnihtemos\u202c \u200b\u2028 \ud800 ]]> <!-- &#x3c; \x7f\x85')
 VOID = {"meta", "link", "br", "input", "img", "line", "circle", "path"}
 
 

@@ -40,9 +40,8 @@ class Spelling:
         named = set(tokenizer.all_special_ids) | {id for id, token in added.items() if token.special}
         self.special = {id: vocabulary[id] for id in sorted(named) if id in vocabulary}
         read = _reader(tokenizer, vocabulary.values())
-        self.bytes_of = {id: added[id].content.encode() if id in added else read(token)
-                         for id, token in vocabulary.items() if id not in self.special}
-        self.bytes_of = {id: data for id, data in self.bytes_of.items() if data}
+        ordinary = {id: token for id, token in vocabulary.items() if token and id not in self.special}
+        self.bytes_of = {id: read(token) for id, token in ordinary.items()}
         self.id_of: dict[bytes, int] = {}
         for id in sorted(self.bytes_of, key=lambda id: (bool(_BYTE_TOKEN.fullmatch(vocabulary[id])), id)):
             self.id_of.setdefault(self.bytes_of[id], id)

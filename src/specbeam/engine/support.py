@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specbeam.engine.runner import Adapter, embedding
-from specbeam.engine.tree import Tips, TokenTree, branches, chain
+from specbeam.engine.tree import Tips, TokenTree, branches, chain, leaves
 from specbeam.errors import InputError
 
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
@@ -137,7 +137,8 @@ def _paths() -> list[list[int]]:
 
 
 def _plain_logits(model: PreTrainedModel) -> tuple[Tensor, float]:
-    """Logits [prompts, leaves, vocabulary] of each path alone, and how much the other parent changes a leaf."""
+    """Logits [prompts, leaves, vocabulary] of each path alone, in the order of `_tree_logits`, and how much the other
+    parent changes a leaf."""
     device = embedding(model).device
     rows = []
     for prompt in _PROMPTS:
@@ -147,7 +148,8 @@ def _plain_logits(model: PreTrainedModel) -> tuple[Tensor, float]:
     if not torch.isfinite(wanted).all():
         raise InputError(f"{type(model).__name__} gives logits that are not finite (NaN or infinite) on a first "
                          "trial: the checkpoint is broken, or its dtype overflows; try dtype=float32.")
-    return wanted, (wanted[:, :2] - wanted[:, 2:]).abs().max().item()
+    gap = (wanted[:, :2] - wanted[:, 2:]).abs().max().item()
+    return torch.cat([wanted, wanted, wanted[:, -1:]], dim=1), gap
 
 
 def _within(tokens: list[int], model: PreTrainedModel) -> list[int]:
@@ -156,23 +158,26 @@ def _within(tokens: list[int], model: PreTrainedModel) -> list[int]:
 
 
 def _tree_logits(adapter: Adapter) -> Tensor:
-    """The same leaves' logits, as a tree over the slots; every second leaf is checked by `last_only` too."""
-    tree = TokenTree(adapter, len(_PROMPTS), capacity=4)
+    """The same leaves' logits, as a tree over the slots: all of them twice, the last one by `last_only` too."""
+    tree = TokenTree(adapter, len(_PROMPTS), capacity=_GAP + len(_TREE[0]))
     prompts = [_within(prompt, adapter.model) for prompt in _PROMPTS]
     tree.extend(tree.tips([0] * len(prompts)), chain(prompts, tree.device), last_only=True)
-    tips = _far(tree.tips([len(prompt) for prompt in prompts]))
+    tips, tree.high = _far(tree.tips([len(prompt) for prompt in prompts])), _GAP
     tokens, parents = _within(_TREE[0], adapter.model), _TREE[1]
     block = branches([(tokens, parents)] * len(prompts), tree.device)
-    logits, _ = tree.extend(tips, block)
     last, _ = tree.extend(tips, block, last_only=True)
-    return torch.cat([logits[:, 2:5], last], dim=1).float()
+    whole, nodes = tree.extend(tips, block)
+    # Again below the two siblings, now in the free slots before them, as when beams reuse what dead ones left.
+    siblings = nodes.pick(torch.tensor([[0, 1]] * len(prompts), device=tree.device))
+    below = torch.tensor([[1, 1, 0, 0, 1, 1]] * len(prompts), device=tree.device)
+    again, _ = tree.extend(siblings, leaves(block.tokens[:, [2, 3, 2, 3, 2, 3]], below))
+    return torch.cat([whole[:, 2:], again[:, [2, 3, 0, 1]], last], dim=1).float()
 
 
 def _far(tips: Tips) -> Tips:
-    """The same tips beside one that occupies the next `_GAP` slots, so that the tree's own slots lie behind those."""
-    visible = torch.nn.functional.pad(tips.visible, (0, _GAP))
-    blocked = ~visible & (torch.arange(visible.shape[2], device=visible.device) < _GAP)
-    return Tips(torch.cat([visible, blocked], dim=1), tips.depth.expand(-1, 2))
+    """The same tips, each beside one that occupies the rest of the first `_GAP` slots: the tree gets those behind."""
+    taken = ~tips.visible & (torch.arange(tips.visible.shape[2], device=tips.visible.device) < _GAP)
+    return Tips(torch.cat([tips.visible, taken], dim=1), tips.depth.expand(-1, 2))
 
 
 def _tolerance(dtype: torch.dtype, wanted: Tensor, gap: float) -> float:

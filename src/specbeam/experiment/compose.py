@@ -34,7 +34,7 @@ def compose(name: str, overrides: list[str], *, open_top: bool = False) -> dict[
     from omegaconf.errors import OmegaConfBaseException
 
     known = _known_keys(name) if overrides else []
-    parsed = [_opened(override, known, open_top) for override in overrides]
+    parsed = [line for override in overrides for line in _opened(override, known, open_top)]
     try:
         with _hydra_tree():
             config = OmegaConf.to_container(hydra_compose(name, overrides=parsed), resolve=True)
@@ -113,6 +113,8 @@ def _parse(text: str) -> Any:
     from hydra.errors import HydraException
 
     parser = OverridesParser.create()
+    if text.startswith("="):
+        raise InputError(f"{text!r} is no override: write key=value, for example max_new_tokens=32.")
     try:
         return parser.parse_override(text)
     except HydraException as error:
@@ -133,22 +135,24 @@ def _parse(text: str) -> Any:
         ) from None
 
 
-def _opened(text: str, known: list[str], open_top: bool) -> str:
-    """The override as Hydra takes it, with `++` where a new key is welcome."""
+def _opened(text: str, known: list[str], open_top: bool) -> list[str]:
+    """The override as Hydra takes it: `++` where a new key is welcome, and `methods={…}` as exactly those methods."""
     override = _parse(text)
     line = str(override.input_line)
     if override.is_sweep_override():
         raise InputError(f"{text!r} gives several values: use --multirun to run them all, or quote the value.")
     key = str(override.key_or_group)
-    if key in OPEN_KEYS and not override.is_delete() and not override.value():
-        raise InputError(
-            f"{key} is empty: name at least one, for example 'methods.greedy={{kind: greedy}}', or leave it out."
-        )
+    if key in OPEN_KEYS and not override.is_delete():
+        value = override.value()
+        if not isinstance(value, dict) or not value:
+            raise InputError(f"{key} is empty: name at least one, for example 'methods.greedy={{kind: greedy}}'.")
+        if line[0] != "+":
+            return [f"~{key}", f"+{line}"]
     if line[0] in "+~" or override.package is not None or key in known:
-        return line
+        return [line]
     below_open = key.split(".")[0] in OPEN_KEYS and "." in key
     top_open = open_top and re.fullmatch(r"\w+", key) is not None
-    return f"++{line}" if below_open or top_open else line
+    return [f"++{line}" if below_open or top_open else line]
 
 
 def _unknown_option(error: Any) -> str:

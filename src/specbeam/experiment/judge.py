@@ -24,10 +24,11 @@ def judge(
     from specbeam.experiment.statistics import add_quality, summarise
 
     notes = list(facts["notes"])
-    summary = summarise(rows, {method.label: method.settings for method in plan.methods})
+    methods = {method.label: method.settings for method in plan.methods}
+    summary = summarise(rows, methods)
     try:
         contexts = contexts_of(plan, rows, models, config)
-        for label, figures in add_quality(rows, contexts, models.target, models.tokenizer).items():
+        for label, figures in add_quality(rows, contexts, models.target, models.tokenizer, methods).items():
             summary["methods"][label].update(figures)
         fill_probabilities(folder, contexts, models)
     except Exception as error:  # the figures of speed must not be lost for those of quality
@@ -91,7 +92,16 @@ def fill_probabilities(folder: Path, contexts: dict[tuple[str, str, int], dict[s
     traces = [trace for trace in records.read_traces(folder) if records.trace_key(trace) in contexts]
     passes = [("target_probability", models.target, traces)]
     if models.draft is not None and models.same_vocabulary:  # else its tokens are others
-        passes.append(("draft_probability", models.draft, [trace for trace in traces if "draft" in trace["sources"]]))
+        # a draft with a narrower vocabulary cannot read every text of the target
+        embeddings: Any = models.draft.get_input_embeddings()
+        size = embeddings.weight.shape[0]
+        readable = [
+            trace
+            for trace in traces
+            if "draft" in trace["sources"]
+            and max(*contexts[records.trace_key(trace)]["input_ids"], *trace["tokens"]) < size
+        ]
+        passes.append(("draft_probability", models.draft, readable))
     for name, model, wanted in passes:
         pairs: dict[tuple[tuple[int, ...], tuple[int, ...]], list[dict[str, Any]]] = {}
         for trace in wanted:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 WARM_UP_TOKENS = 8
+BUSY_CORES = 0.3  # used by others: timings suffer
 # What a generation_config holds beside options of decoding.
 NO_OPTIONS = ("transformers_version", "disable_compile", "use_cache", "return_dict_in_generate")
 
@@ -59,20 +60,20 @@ def compare(config: dict[str, Any], command: list[str], console: Console) -> int
     else:
         records.start_run(folder, config, resolved, prompts)
     notes = record_environment(folder, resolved, command, resumed, console)
-    if left:
-        try:
+    try:
+        if left:
             rows = run_cells(folder, plan, left, rows, models, config, console)
-        except KeyboardInterrupt:
-            finished = len(records.read_rows(folder / "rows.jsonl"))
-            console.print(
-                f"\nStopped: {finished} rows are in {folder / 'rows.jsonl'}; the same command with "
-                f"output_dir={folder} finishes the run.",
-                highlight=False,
-                soft_wrap=True,
-            )
-            raise
-    with console.status("judging the answers"):
-        summary = judge(folder, plan, rows, models, config, {**resolved, "notes": notes})
+        with console.status("judging the answers"):
+            summary = judge(folder, plan, rows, models, config, {**resolved, "notes": notes})
+    except KeyboardInterrupt:
+        finished = len(records.read_rows(folder / "rows.jsonl"))
+        console.print(
+            f"\nStopped: {finished} rows are in {folder / 'rows.jsonl'}; the same command with output_dir={folder} "
+            "finishes the run.",
+            highlight=False,
+            soft_wrap=True,
+        )
+        raise
     records.write_json(folder / "summary.json", summary)
 
     from specbeam.tracking import track
@@ -113,12 +114,12 @@ def record_environment(
         kept = {name: now[name] for name in ("started", "load_average", "command", "git_commit", "specbeam")}
         now = {**first, "resumed": [*first.get("resumed", []), kept]}
     records.write_json(path, now)
-    load, cores = records.load_average(), records.cores()
-    if load is None or load[0] < 0.75 * cores:
+    busy = records.busy_cores()
+    if busy < BUSY_CORES:
         return []
     note = (
-        f"The load average was {load[0]:g} on {cores} cores when the run started: something else is running, "
-        "and timings are not to be trusted."
+        f"Other programs were using {busy:.1f} of {records.cores()} cores when the run started: its timings are not to "
+        "be trusted."
     )
     console.print(note, style="yellow", highlight=False, soft_wrap=True)
     return [note]

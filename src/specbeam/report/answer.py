@@ -51,7 +51,8 @@ def _sentence(name: str, own: Mapping[str, Mapping[str, Any]], use: str) -> str:
         return f"{best} is fastest of the {name} methods, at {rate(figures)} tokens a second."
     if all(no_difference(one) for one in speedups.values()):
         found = " and ".join(f"{interval(one)} × {baseline}" for baseline, one in speedups.items())
-        return f"No {name} method is faster than another beyond doubt: the fastest, {best}, ran at {found}."
+        return (f"{best} is fastest of the {name} methods, at {rate(figures)} tokens a second, but not beyond doubt: "
+                f"{found}.")
     over = " and ".join(_times(one, baseline, first=not number)
                         for number, (baseline, one) in enumerate(speedups.items()))
     return f"{use} {best}: it decodes {rate(figures)} tokens a second, {over}{_tokens(figures)}."
@@ -70,5 +71,5 @@ def _tokens(figures: Mapping[str, Any]) -> str:
     if identity is None:
         return ""
     if identity["same"] == identity["of"]:
-        return ", with the same tokens" + (f" on all {identity['of']} prompts" if identity["of"] > 1 else "")
-    return f", but with other tokens on {identity['of'] - identity['same']} of {identity['of']} prompts"
+        return ", with the same tokens" + (f" in all {identity['of']} answers" if identity["of"] > 1 else "")
+    return f", but with other tokens in {identity['of'] - identity['same']} of {identity['of']} answers"

@@ -56,7 +56,8 @@ def _page(summary: dict[str, Any], rows: list[dict[str, Any]], traces: list[dict
         ("answer", "", f'<p class="answer">{escape(first)}</p>' + "".join(f"<p>{escape(line)}</p>" for line in more)),
         ("figures", "Figures", summary_table(methods) + (f'<ul class="notes">{notes}</ul>' if notes else "")),
         ("speedups", "Speed-ups", charts.speedups(methods, baselines)),
-        ("quality", "Speed and quality", scatters and f'<div class="pair">{scatters}</div>'),
+        ("quality", "Speed and quality", scatters and f'<div class="pair">{scatters}</div>'
+         '<p class="notes">Dots: specbeam’s methods; rings: transformers’.</p>'),
         ("acceptance", "Acceptance", charts.acceptance(methods)),
         ("phases", "Time by phase", phases(methods)),
         ("tokens", "Tokens", _tokens(traces)),

@@ -37,7 +37,10 @@ def speed_against_quality(methods: Methods, quality: str, title: str, better: st
     for (px, py, label, kind), (tx, ty) in zip(points, _label_places(
             [(x(p[0]), y(p[1]), p[2]) for p in points], (left, 18, width, height - bottom)), strict=True):
         css = "peer" if kind.startswith("transformers_") else "ours"
-        parts.append(f'<g><title>{escape(label)}: {px:,.1f} tokens/s, {escape(title)} {py:,.2f}</title>'
+        away = abs(ty - 4 - y(py)) > 12  # a label that is not beside its dot gets a line to it
+        nearest = min(max(x(px), tx), tx + 6.6 * len(_cut(label)))
+        leader = _line(x(px), y(py), nearest, ty - (10 if ty > y(py) else -2), "leader") if away else ""
+        parts.append(f'<g><title>{escape(label)}: {px:,.1f} tokens/s, {escape(title)} {py:,.2f}</title>{leader}'
                      f'<circle class="{css}" cx="{x(px):.1f}" cy="{y(py):.1f}" r="{6 if css == "peer" else 4}"/>'
                      f'{_text(tx, ty, _cut(label), "label")}</g>')
     return _svg(width, height, f"{title} against decode rate", parts)
@@ -51,7 +54,7 @@ def speedups(methods: Methods, baselines: Sequence[str]) -> str:
         return ""
     reach = [value for _, _, one in lines for value in (one["median"], one["low"], one["high"]) if value]
     low, high = min(0.8, *reach) * 0.95, max(1.25, *reach) * 1.05
-    width, left, right, row = 760, 330, 120, 26
+    width, left, right, row = 780, 330, 140, 26
     height = 40 + row * len(lines)
 
     def x(value: float) -> float:
@@ -116,7 +119,7 @@ def _label_places(points: Sequence[tuple[float, float, str]], frame: tuple[float
         found = None
         for distance in range(12):  # outward: beside the dot, then above and below, ever further
             shift = 14 * ((distance + 1) // 2) * (1 if distance % 2 else -1)
-            for start in (x + 10, x - 10 - size, x - size / 2, x - size * .8, x - size * .2):
+            for start in (x + 13, x - 13 - size, x - size / 2, x - size * .8, x - size * .2):
                 box = (start - 4, y + shift - 8, start + size + 4, y + shift + 7)
                 inside = frame[0] <= box[0] and box[2] <= frame[2] and frame[1] <= box[1] and box[3] <= frame[3]
                 if inside and not any(_overlap(box, other) for other in taken):
@@ -124,7 +127,7 @@ def _label_places(points: Sequence[tuple[float, float, str]], frame: tuple[float
                     break
             if found:
                 break
-        start, baseline, box = found or (min(x + 10, frame[2] - size), y + 4, (x, y, x, y))
+        start, baseline, box = found or (min(x + 13, frame[2] - size), y + 4, (x, y, x, y))
         taken.append(box)
         places.append((start, baseline))
     return places
@@ -149,7 +152,7 @@ def _ticks(low: float, high: float) -> list[float]:
     raw = span / 4
     step = next(m * 10 ** math.floor(math.log10(raw)) for m in (1, 2, 2.5, 5, 10)
                 if m * 10 ** math.floor(math.log10(raw)) >= raw)
-    first, last = math.floor((low - 1e-9 * span) / step), math.ceil((high + 0.02 * span) / step)
+    first, last = math.floor((low - 0.06 * span) / step), math.ceil((high + 0.02 * span) / step)
     if low >= 0:
         first = max(first, 0)
     return [round(step * i, 10) for i in range(first, last + 1)]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from specbeam.report.escape import escape, visible
 
+T = TypeVar("T")
 # The page stays below 1 MB: what does not fit is left out, and the page says so.
 OUTPUT_BYTES, TOKEN_BYTES = 420_000, 420_000
+_ENDINGS = {"eos": "an end token", "stop": "a stop string", "length": "the length limit"}
 _SOURCE = {"draft": "d", "correction": "c", "bonus": "b", "plain": "p"}
 
 
@@ -23,7 +25,7 @@ def outputs_section(rows: Iterable[Mapping[str, Any]], prompts: Mapping[str, Map
             own[row["method"]] = row
     parts: list[str] = []
     size = 0
-    for number, ((prompt_id, turn), answers) in enumerate(by_prompt.items()):
+    for number, ((prompt_id, turn), answers) in enumerate(_turns_together(by_prompt)):
         block = _prompt_block(prompt_id, turn, answers, prompts.get(prompt_id) or {}, methods, number == 0)
         size += len(block.encode())  # `visible` has replaced lone surrogates, so this cannot fail
         if size > OUTPUT_BYTES and parts:
@@ -42,6 +44,7 @@ def _prompt_block(prompt_id: str, turn: int, answers: Mapping[str, Mapping[str, 
     expected = references[turn] if turn < len(references) else []
     groups = _groups(answers, methods)
     families = list(dict.fromkeys(group[0]["family"] for group in groups))
+    groups.sort(key=lambda group: families.index(group[0]["family"]))
     verdict = "".join(f'<span class="{"bad" if count > 1 else "good"}">{escape(family)}: '
                       f'{"same tokens" if count == 1 else f"{count} different outputs"}</span> '
                       for family in families if (count := sum(group[0]["family"] == family for group in groups))
@@ -83,7 +86,8 @@ def _cell(group: Sequence[dict[str, Any]], groups: Sequence[Sequence[dict[str, A
     model = next(other[0] for other in groups if other[0]["family"] == one["family"] and other[0]["ok"])
     text = _marked(one, model) if model is not one and one["family"] != "sample" else escape(one["text"])
     return (f'<div class="cell"><h4>{names}</h4><p dir="auto">{text}</p>'
-            f'<small>{len(one["tokens"])} tokens, ended by {escape(one["finish"])}</small></div>')
+            f'<small>{len(one["tokens"])} tokens, ended by {escape(_ENDINGS.get(one["finish"], one["finish"]))}</small>'
+            "</div>")
 
 
 def _marked(one: Mapping[str, Any], model: Mapping[str, Any]) -> str:
@@ -105,6 +109,12 @@ def _conversation(prompt: Mapping[str, Any]) -> str:
     return "\n".join(lines) or str(prompt.get("id", ""))
 
 
+def _turns_together(by_prompt: Mapping[tuple[str, int], T]) -> list[tuple[tuple[str, int], T]]:
+    """Prompts in the order they were run, each with its later turns right behind it."""
+    order = {prompt_id: number for number, prompt_id in enumerate(dict.fromkeys(key[0] for key in by_prompt))}
+    return sorted(by_prompt.items(), key=lambda item: (order[item[0][0]], item[0][1]))
+
+
 def _common(ours: str, theirs: str) -> int:
     """Length of the common beginning."""
     pairs = enumerate(zip(ours, theirs, strict=False))
@@ -119,7 +129,8 @@ def tokens_data(traces: Sequence[Mapping[str, Any]], prompts: Mapping[str, Mappi
     by_prompt: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
     for trace in traces:
         by_prompt.setdefault((trace["prompt_id"], trace["turn"]), []).append(trace)
-    wanted = {key: own for key, own in by_prompt.items() if any("draft" in trace["sources"] for trace in own)}
+    wanted = {key: own for key, own in _turns_together(by_prompt)
+              if any("draft" in trace["sources"] for trace in own)}
     shown: list[dict[str, Any]] = []
     size = 0
     for (prompt_id, turn), own in wanted.items():

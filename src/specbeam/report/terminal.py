@@ -89,7 +89,7 @@ def _differences(label: str, figures: Mapping[str, Any]) -> list[str]:
             continue
         gap = (figures.get("logit_gaps") or {}).get(baseline)
         near = "" if gap is None else f"; the target's logits were at most {gap['largest']:.3g} apart there"
-        found.setdefault(f"on {identity['of'] - identity['same']} of {identity['of']} prompts, first on "
+        found.setdefault(f"in {identity['of'] - identity['same']} of {identity['of']} answers, first on "
                          f"{first['prompt_id']} at token {first['position'] + 1}{near}.", []).append(baseline)
     return [f"{label} differs from {' and '.join(others)} {rest}" for rest, others in found.items()]
 
