@@ -28,8 +28,6 @@ from specbeam.errors import InputError
 from specbeam.sampling import process, uniforms
 from specbeam.trace import GenerationOutput
 
-ACCEPTANCE = ("rejection", "block", "typical")
-
 
 def speculative_generate(target: PreTrainedModel, draft: PreTrainedModel | None, input_ids: Tensor | Sequence[Tensor],
                          attention_mask: Tensor | None = None, *, draft_length: int | str = 4,
@@ -58,31 +56,24 @@ def speculative_generate(target: PreTrainedModel, draft: PreTrainedModel | None,
     vocabulary: "same", or with `tokenizer` (the target's) and `draft_tokenizer`, which may then differ, "tli", "slem"
     or "auto" (drafting/cross_vocabulary.py).
     """
-    if not isinstance(temperature, int | float) or not 0 <= temperature < float("inf"):
-        raise InputError(f"temperature is {temperature!r}: give 0 for greedy, or a number above 0 to sample.")
-    if acceptance not in ACCEPTANCE:
-        raise InputError(f"acceptance is {acceptance!r}: it is one of {', '.join(ACCEPTANCE)}.")
-    if acceptance == "block" and (branching or tree_nodes):
-        raise InputError("acceptance=block judges chains, but a tree was asked for (branching or tree_nodes): use "
-                         "acceptance=rejection.")
-    if acceptance == "typical" and not temperature:
-        raise InputError("acceptance=typical changes what is sampled, but temperature is 0 (greedy): give a "
-                         "temperature above 0.")
     settings = Settings(drafter, draft_length, tuple(branching or ()), tree_nodes or 0, tree_width,
                         confidence_threshold, costs, ngram, branches, corpus, exit_layer, min_match,
-                        options.get("tokenizer"), vocabulary, draft_tokenizer)
+                        options.get("tokenizer"), vocabulary, draft_tokenizer, acceptance, temperature)
     settings.check(draft)
     if temperature > 0:
         options["temperature"] = temperature
     request = settle(target, input_ids, attention_mask, sampled=temperature > 0, seed=seed, **options)
     with evaluating(target, *([] if draft is None else [draft])):
-        return _decode(target, draft, request, settings, acceptance)
+        return _decode(target, draft, request, settings)
 
 
 @torch.inference_mode()
 def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Request, settings: Settings,
-            acceptance: str) -> GenerationOutput:
+) -> GenerationOutput:
     adapter = adapt(target)
+    if adapter.context is not None and settings.most_nodes >= adapter.context:
+        raise InputError(f"a proposal may have {settings.most_nodes} nodes, but the target {adapter.name} has a context "
+                         f"of {adapter.context} positions: give smaller branching, tree_nodes or draft_length.")
     lengths = [len(row.prompt) for row in request.rows]
     room = [row.max_new_tokens for row in request.rows]
     check_lengths(adapter, lengths, room)
@@ -97,7 +88,7 @@ def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
     drafter = make_drafter(settings, target, draft, request, logits.shape[-1])
     length = Length(settings, target, draft, len(lengths))
     drafter.observe([row.prompt[-1:] for row in request.rows], logits)
-    _, first = _choose(request, batch, logits, None, acceptance)
+    _, first = _choose(request, batch, logits, None, settings.acceptance)
     for row, token in zip(batch.live, first, strict=True):
         batch.commit(row, [token], ["plain"])
     batch.prefill_done()
@@ -127,7 +118,7 @@ def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
         verified = batch.clock.mark()
         batch.phases["verify"].append((drafted, verified))
 
-        paths, following = _choose(request, batch, logits, proposal, acceptance)
+        paths, following = _choose(request, batch, logits, proposal, settings.acceptance)
         tips = nodes.pick(torch.tensor([[path[-1] + 1 if path else 0] for path in paths], device=tree.device))
         became = []
         for i, (row, path) in enumerate(zip(batch.live, paths, strict=True)):

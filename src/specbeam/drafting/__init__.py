@@ -69,6 +69,7 @@ DRAFTERS = {  # name → module; each module has make(settings, target, draft, r
     "combined": "specbeam.drafting.combined",
 }
 LONGEST_AUTO = 8  # tokens that draft_length=auto proposes at most
+ACCEPTANCE = ("rejection", "block", "typical")  # rules when sampling; typical is LOSSY
 NEEDS_DRAFT = ("draft_model",)
 VOCABULARIES = ("same", "tli", "slem", "auto")  # of target and draft (cross_vocabulary.py)
 OPTIONS_OF = {  # options that only some drafters know: with another one they are refused, never ignored
@@ -81,7 +82,7 @@ OPTIONS_OF = {  # options that only some drafters know: with another one they ar
 
 @dataclass(frozen=True)
 class Settings:
-    """What the caller asked of a drafter."""
+    """What the caller asked of speculation."""
 
     drafter: str = "draft_model"
     draft_length: int | str = 4
@@ -98,6 +99,8 @@ class Settings:
     tokenizer: Any = None  # the target's: spells the corpus
     vocabulary: str = "same"
     draft_tokenizer: Any = None
+    acceptance: str = "rejection"
+    temperature: float = 0.0
 
     @property
     def depth(self) -> int:
@@ -161,6 +164,17 @@ class Settings:
         if self.vocabulary == "slem" and (self.branching or self.tree_nodes):
             raise InputError("vocabulary=slem proposes chains, but a tree was asked for (branching or tree_nodes): "
                              "use vocabulary=tli.")
+        if self.acceptance not in ACCEPTANCE:
+            raise InputError(f"acceptance is {self.acceptance!r}: it is one of {', '.join(ACCEPTANCE)}.")
+        if self.acceptance == "block" and self.trees:
+            raise InputError("acceptance=block judges chains, but this drafter was asked for a tree: use "
+                             "acceptance=rejection.")
+        number = isinstance(self.temperature, int | float) and not isinstance(self.temperature, bool)
+        if not number or not 0 <= self.temperature < float("inf"):
+            raise InputError(f"temperature is {self.temperature!r}: give 0 for greedy, or a number above 0 to sample.")
+        if self.acceptance == "typical" and not self.temperature:
+            raise InputError("acceptance=typical changes what is sampled, but temperature is 0 (greedy): give a "
+                             "temperature above 0.")
         if self.drafter in NEEDS_DRAFT and draft is None:
             raise InputError(f"drafter={self.drafter} needs a draft model and none was given: give one, or choose "
                              "another drafter.")

@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 from specbeam.decoding import METHODS, Method, method_family
-from specbeam.drafting import VOCABULARIES
+from specbeam.drafting import DRAFTERS, NEEDS_DRAFT, Settings
 from specbeam.errors import InputError
 from specbeam.experiment.compose import nearest
 from specbeam.experiment.prompts import Prompt, prompts_from_config
@@ -113,6 +113,11 @@ class PlannedMethod:
     @property
     def samples(self) -> bool:
         return method_family(self.kind, self.options) == "sample"
+
+    @property
+    def needs_draft(self) -> bool:
+        """Whether it cannot run without a draft model."""
+        return self.method.speculates and self.options.get("drafter", "draft_model") in NEEDS_DRAFT
 
     @property
     def same_vocabulary(self) -> bool:
@@ -266,8 +271,28 @@ def plan_method(label: str, settings: Any, max_new_tokens: int) -> PlannedMethod
             f"{place}.num_return_sequences is {returned}, but num_beams is {beams}: there are only as "
             "many hypotheses as beams."
         )
+    if kind == "speculative":
+        check_speculation(place, options)
     # null says "as the target's own generation_config": the same as leaving it out
     return PlannedMethod(label, kind, {name: value for name, value in options.items() if value is not None}, method)
+
+
+def check_speculation(place: str, options: dict[str, Any]) -> None:
+    """Drafter, tree and acceptance rule fit together; the draft itself is checked by `check_draft`."""
+    names = [name for name in Settings.__dataclass_fields__ if options.get(name) is not None]
+    chosen = {name: tuple(options[name]) if isinstance(options[name], list) else options[name] for name in names}
+    if "branching" in chosen and not isinstance(chosen["branching"], tuple):
+        raise InputError(f"{place}.branching is {chosen['branching']!r}: give children per depth, as in [3,2,1,1].")
+    if options.get("drafter", "draft_model") not in DRAFTERS:
+        near = nearest(str(options["drafter"]), list(DRAFTERS))
+        raise InputError(f"{place}.drafter is {options['drafter']!r}{near}: use one of {', '.join(DRAFTERS)}.")
+    here = object()  # tokenizers and draft come with the models
+    try:
+        Settings(**{**chosen, "tokenizer": here, "draft_tokenizer": here}).check(here)
+    except TypeError:
+        raise InputError(f"{place} has an option of the wrong type: {chosen}.") from None
+    except InputError as error:
+        raise InputError(f"{place}.{error}") from None
 
 
 def check_option_name(place: str, kind: str, method: Method, name: str) -> None:
@@ -299,9 +324,7 @@ def check_option_value(place: str, name: str, value: Any) -> None:
         return
     if name == "early_stopping" and not (isinstance(value, bool) or value == "never"):
         raise InputError(f"{place}.early_stopping is {value!r}: use true, false or never.")
-    if name == "vocabulary" and value not in VOCABULARIES:
-        raise InputError(f"{place}.vocabulary is {value!r}: use one of {', '.join(VOCABULARIES)}.")
-    if name not in RANGES:
+    if name not in RANGES or (name == "draft_length" and value == "auto"):
         return
     kind, low, closed, high = RANGES[name]
     number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
@@ -337,11 +360,11 @@ def model_path(config: dict[str, Any], role: str) -> str | None:
 
 def check_draft(methods: tuple[PlannedMethod, ...], target: str, draft: str | None) -> str | None:
     """The draft to load: None when no method speculates. Raises InputError when one does and there is none."""
-    speculative = [method.label for method in methods if method.method.speculates]
-    if not speculative:
+    speculative = [method.label for method in methods if method.needs_draft]
+    if not speculative and not any(method.options.get("drafter") == "combined" for method in methods):
         return None
-    if draft is None:
-        plain = [method.label for method in methods if not method.method.speculates]
+    if draft is None and speculative:
+        plain = [method.label for method in methods if not method.needs_draft]
         without = (
             f"leave the speculative methods out with 'only=[{','.join(plain)}]'" if plain else "choose another method"
         )
