@@ -61,7 +61,7 @@ def render_prompt(
     UserWarning, once a call. Raises InputError for input that makes no sense.
     """
     if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Sequence):
-        raise InputError(f"prompts is of type {type(prompts).__name__}: give a list, with one prompt in it for a single one.")
+        raise InputError(f"prompts is of type {type(prompts).__name__}: give a list, even of one prompt.")
     if not prompts:
         raise InputError("There are no prompts: the list is empty.")
     if system_prompt is not None and not isinstance(system_prompt, str):
@@ -127,7 +127,7 @@ def _messages(prompt: object, name: str) -> list[dict[str, Any]]:
             raise InputError(f"{where} has the unknown role {message['role']!r}: use {', '.join(ROLES)}.")
         if not isinstance(message["content"], str):
             kind = type(message["content"]).__name__
-            raise InputError(f"The content of {where[0].lower()}{where[1:]} is of type {kind}: give its text, a string.")
+            raise InputError(f"The content of {where[0].lower()}{where[1:]} is of type {kind}: give a string.")
         messages.append(dict(message))
     if len(messages) > 1 and messages[-1] == {"role": "assistant", "content": ""}:
         del messages[-1]  # an empty answer to continue is an answer to begin

@@ -72,8 +72,8 @@ def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
 ) -> GenerationOutput:
     adapter = adapt(target)
     if adapter.context is not None and settings.most_nodes >= adapter.context:
-        raise InputError(f"a proposal may have {settings.most_nodes} nodes, but the target {adapter.name} has a context "
-                         f"of {adapter.context} positions: give smaller branching, tree_nodes or draft_length.")
+        raise InputError(f"a proposal may have {settings.most_nodes} nodes, but the target {adapter.name} has a "
+                         f"context of {adapter.context} positions: give smaller branching, tree_nodes or draft_length.")
     lengths = [len(row.prompt) for row in request.rows]
     room = [row.max_new_tokens for row in request.rows]
     check_lengths(adapter, lengths, room)

@@ -280,7 +280,7 @@ def plan_method(label: str, settings: Any, max_new_tokens: int) -> PlannedMethod
 def check_speculation(place: str, options: dict[str, Any]) -> None:
     """Drafter, tree and acceptance rule fit together; the draft itself is checked by `check_draft`."""
     names = [name for name in Settings.__dataclass_fields__ if options.get(name) is not None]
-    chosen = {name: tuple(options[name]) if isinstance(options[name], list) else options[name] for name in names}
+    chosen: dict[str, Any] = {name: tuple(options[name]) if isinstance(options[name], list) else options[name] for name in names}
     if "branching" in chosen and not isinstance(chosen["branching"], tuple):
         raise InputError(f"{place}.branching is {chosen['branching']!r}: give children per depth, as in [3,2,1,1].")
     if options.get("drafter", "draft_model") not in DRAFTERS:
@@ -288,7 +288,7 @@ def check_speculation(place: str, options: dict[str, Any]) -> None:
         raise InputError(f"{place}.drafter is {options['drafter']!r}{near}: use one of {', '.join(DRAFTERS)}.")
     here = object()  # tokenizers and draft come with the models
     try:
-        Settings(**{**chosen, "tokenizer": here, "draft_tokenizer": here}).check(here)
+        Settings(**(chosen | {"tokenizer": here, "draft_tokenizer": here})).check(here)
     except TypeError:
         raise InputError(f"{place} has an option of the wrong type: {chosen}.") from None
     except InputError as error:
