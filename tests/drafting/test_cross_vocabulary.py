@@ -39,17 +39,10 @@ HOW = {
 every_pair = pytest.mark.parametrize(("mine", "its"), PAIRS)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def models():
-    """Each tokenizer's model has half learned the same text."""
+    """Each tokenizer's model has half learned the same text; not to the last bit the same in every run."""
+    torch.set_num_threads(1)
     return {name: trained(tokenizer, [*ENGLISH, OTHER[1]]) for name, tokenizer in KINDS.items()}
 
 
@@ -156,7 +149,8 @@ class TestWholeCharacters:
                 text = words.spell([*prompt.tolist(), *tokens[:count], *done.proposed]).decode(
                     "utf-8", "surrogateescape")
                 assert "\ufffd" not in text
-                if 0 < done.drafted < 3 and done.why == "length":  # else the rest of a character was too long
+                # Three tokens, or as many as the answer may still have: the rest of a character was too long.
+                if done.drafted < 3 and done.why == "length" and words.spell(done.proposed[-1:]):
                     assert not "\udc80" <= text[-1] <= "\udcff"
                 count += done.committed
 
