@@ -51,7 +51,7 @@ def speculative_generate(target: PreTrainedModel, draft: PreTrainedModel | None,
     prompt_lookup: ngram, the longest n-gram looked up, and branches, how many different continuations become a tree.
     suffix, combined: corpus, a .jsonl file of earlier answers, {"tokens"} or (with `tokenizer`) {"text"} a line.
     combined: min_match, the shortest match that is proposed in place of the draft's tokens. early_exit: exit_layer,
-    how many layers draft (default: a third). token_recycling: tree_nodes, its tree's budget (default 24).
+    how many layers draft (default: a third). token_recycling: tree_nodes, its tree's budget (default 16).
 
     vocabulary: "same", or with `tokenizer` (the target's) and `draft_tokenizer`, which may then differ, "tli", "slem"
     or "auto" (drafting/cross_vocabulary.py).

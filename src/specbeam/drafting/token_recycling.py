@@ -25,7 +25,7 @@ from specbeam.drafting import Proposal, Settings
 from specbeam.drafting.length import Length
 
 SUCCESSORS = 8
-NODES = 24  # of a tree, unless tree_nodes says otherwise
+NODES = 16  # of a tree, unless tree_nodes says otherwise; on the bundled pair 80 accept little more
 # Bits that a step to the successor of each rank costs: rank r is right about (r + 1)^-1.7 as often as rank 0.
 _COSTS = [1 + 1.7 * log2(rank + 1) for rank in range(SUCCESSORS)]
 
