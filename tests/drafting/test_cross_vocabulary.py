@@ -17,7 +17,7 @@ from specbeam.decoding.greedy import greedy_generate
 from specbeam.decoding.speculative import speculative_generate
 from specbeam.drafting.cross_vocabulary import ExactMatch, Intersection, rewrite
 from specbeam.drafting.draft_model import DraftModel
-from specbeam.drafting.spelling import pair
+from specbeam.spelling import pair
 from specbeam.errors import InputError
 
 KINDS = {

@@ -26,7 +26,7 @@ from specbeam.decoding.request import Request
 from specbeam.drafting import Proposal, Settings
 from specbeam.drafting.draft_model import DraftModel, Shape
 from specbeam.drafting.length import Length
-from specbeam.drafting.spelling import Pair, Text, pair
+from specbeam.spelling import Pair, Text, pair
 from specbeam.engine.runner import embedding
 from specbeam.engine.support import adapt
 from specbeam.errors import InputError

@@ -92,7 +92,7 @@ class Length:
         self.threshold = settings.confidence_threshold
         self.fixed = not self.auto and not self.threshold
         self.settings, self.target = settings, target
-        self.partner = (settings.drafter, id(draft) if draft is not None else None)
+        self.partner = (settings.drafter, settings.vocabulary, id(draft) if draft is not None else None)
         self.frozen = read_costs(settings.costs) if settings.costs else None
         self.reach = [1.0] * rows  # P(all proposed so far accepted), of the running round
         self.why = [""] * rows
@@ -221,9 +221,10 @@ def read_costs(path: str) -> Costs:
     return costs
 
 
-def write_costs(path: str, target: Any, draft: Any = None, drafter: str = "draft_model", rows: int = 1) -> None:
+def write_costs(path: str, target: Any, draft: Any = None, drafter: str = "draft_model", vocabulary: str = "same",
+                rows: int = 1) -> None:
     """Freeze what `draft_length="auto"` has learned so far about this pair, at this batch size."""
-    partner = (drafter, id(draft) if draft is not None else None, rows)
+    partner = (drafter, vocabulary, id(draft) if draft is not None else None, rows)
     costs = _known.get(target, {}).get(partner)
     if costs is None:
         raise InputError(f"nothing was learned yet for drafter={drafter} with {rows} rows: generate with "

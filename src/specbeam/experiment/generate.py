@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from specbeam.decoding import METHODS
 from specbeam.errors import InputError
 from specbeam.experiment.compose import nearest
 from specbeam.experiment.loaded import Models
@@ -70,7 +71,7 @@ def plan_answer(prompt: str, config: dict[str, Any]) -> PlannedMethod:
     check_text("system_prompt", config["system_prompt"])
     settings = {key: value for key, value in config.items() if key not in KEYS}
     for key in settings:
-        known = [*KEYS, "draft_length", "vocabulary", *generation_options()]
+        known = [*KEYS, *METHODS["speculative"].options, "draft_beams", *generation_options()]
         if key not in known:
             raise InputError(f"There is no key {key!r}{nearest(key, known)}: specbeam generate --help lists them.")
     return plan_method("", {"kind": config["method"], **settings}, config["max_new_tokens"])

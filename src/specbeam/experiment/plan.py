@@ -280,7 +280,8 @@ def plan_method(label: str, settings: Any, max_new_tokens: int) -> PlannedMethod
 def check_speculation(place: str, options: dict[str, Any]) -> None:
     """Drafter, tree and acceptance rule fit together; the draft itself is checked by `check_draft`."""
     names = [name for name in Settings.__dataclass_fields__ if options.get(name) is not None]
-    chosen: dict[str, Any] = {name: tuple(options[name]) if isinstance(options[name], list) else options[name] for name in names}
+    chosen: dict[str, Any] = {name: options[name] for name in names}
+    chosen = {name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()}
     if "branching" in chosen and not isinstance(chosen["branching"], tuple):
         raise InputError(f"{place}.branching is {chosen['branching']!r}: give children per depth, as in [3,2,1,1].")
     if options.get("drafter", "draft_model") not in DRAFTERS:

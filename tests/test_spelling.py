@@ -7,7 +7,7 @@ import copy
 import pytest
 from vocabularies import ENGLISH, OTHER, byte_level, characters, sentencepiece
 
-from specbeam.drafting.spelling import Spelling, Text, pair
+from specbeam.spelling import Spelling, Text, pair
 
 KINDS = {
     "byte-level": byte_level(ENGLISH, 340),
