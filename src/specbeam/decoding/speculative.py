@@ -136,7 +136,9 @@ def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
             spans = [(start, drafted), (drafted, verified), (start, end)]
             length.round_done(proposal, paths, became, [batch.clock.seconds(*span) for span in spans],
                               block.tokens.shape[1])
-        if proposal is not None:
+        if proposal is None:
+            drafter.observe([[token] for token in last], logits)
+        else:
             drafter.accept(paths)
             drafter.observe([[token, *ids] for token, ids in zip(last, proposal.tokens, strict=True)], logits)
 

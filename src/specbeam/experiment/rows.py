@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from specbeam.errors import InputError
@@ -50,6 +50,7 @@ def row_of(
         "tokens": list(best.tokens),
         "text": tokenizer.decode(best.tokens, skip_special_tokens=True),
         "score": best.score,
+        "committed": sum(r.committed for r in trace.rounds),
     }
 
 
@@ -69,6 +70,7 @@ ROW_FIGURES = (
     "tokens",
     "text",
     "score",
+    "committed",  # tokens of all rounds; of beam search: steps
 )
 
 
@@ -94,11 +96,19 @@ def identity(cell: Cell, prompt: Prompt, batch_id: str) -> dict[str, Any]:
 
 
 def accepted_by_position(trace: RowTrace) -> list[list[int]]:
-    """[times drafted, times accepted] of the first, second, … proposal of a round."""
-    longest = max((r.drafted for r in trace.rounds), default=0)
+    """[times drafted, times accepted] of the first, second, … proposal of a round; of a tree: of its depths."""
+    deep = [_depth(r.parents) if r.parents else r.drafted for r in trace.rounds]
     return [
-        [sum(r.drafted > i for r in trace.rounds), sum(r.accepted > i for r in trace.rounds)] for i in range(longest)
+        [sum(depth > i for depth in deep), sum(r.accepted > i for r in trace.rounds)]
+        for i in range(max(deep, default=0))
     ]
+
+
+def _depth(parents: Sequence[int]) -> int:
+    depths: list[int] = []
+    for parent in parents:
+        depths.append(1 if parent < 0 else depths[parent] + 1)
+    return max(depths)
 
 
 def trace_of(

@@ -39,7 +39,8 @@ BASELINES = {
     "sample": ("sample", "transformers_sample"),
 }
 # Settings that may differ between two methods which must still give the same tokens.
-_SAME_OUTPUT_ANYWAY = {"kind", "draft_length", "vocabulary", "num_return_sequences", "temperature"}
+_SAME_OUTPUT_ANYWAY = {"kind", "num_return_sequences", "temperature", *METHODS["speculative"].options,
+                       *METHODS["speculative_beam"].options}
 _RESAMPLES = 2000
 
 
