@@ -32,7 +32,8 @@ def process(logits: Tensor, processors: Sequence[LogitsProcessorList], path: Pat
 
     logits: [rows, nodes, vocabulary], any float dtype (beam search hands over log-probabilities, as `generate`
     does). path(row, node): every token before the one that these logits predict, the prompt included. Each node is
-    processed with its own path, so that a repetition penalty in a tree sees what plain decoding would see.
+    processed with its own path, so that a repetition penalty in a tree sees what plain decoding would see. Rows that
+    share one list of processors go through it together.
     """
     scores = logits.float()
     if not any(processors):
@@ -41,12 +42,15 @@ def process(logits: Tensor, processors: Sequence[LogitsProcessorList], path: Pat
         none = torch.empty(scores.shape[0] * scores.shape[1], 0, dtype=torch.long, device=scores.device)
         return processors[0](cast(LongTensor, none), cast(FloatTensor, scores.flatten(0, 1))).view(scores.shape)
     done = torch.empty_like(scores)
+    together: dict[tuple[int, int], list[tuple[int, int, Sequence[int]]]] = {}  # one call each
     for row, chosen in enumerate(processors):
-        paths = [path(row, node) for node in range(scores.shape[1])]
-        for length in sorted({len(ids) for ids in paths}):  # one call for all nodes of equal depth
-            nodes = [node for node, ids in enumerate(paths) if len(ids) == length]
-            ids = torch.tensor([list(paths[node]) for node in nodes], device=scores.device)
-            done[row, nodes] = chosen(cast(LongTensor, ids), cast(FloatTensor, scores[row, nodes]))
+        for node in range(scores.shape[1]):
+            ids = path(row, node)
+            together.setdefault((id(chosen), len(ids)), []).append((row, node, ids))
+    for group in together.values():
+        rows, nodes, paths = (list(column) for column in zip(*group, strict=True))
+        history = torch.tensor(paths, device=scores.device)
+        done[rows, nodes] = processors[rows[0]](cast(LongTensor, history), cast(FloatTensor, scores[rows, nodes]))
     return done
 
 

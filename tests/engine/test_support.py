@@ -85,6 +85,13 @@ def test_a_draft_that_cannot_be_run_is_refused_as_well():
         speculative_generate(model("llama"), random_model(REFUSED["mamba"][0]()), ROWS, max_new_tokens=4)
 
 
+def test_an_attention_that_takes_no_mask_is_refused_before_it_crashes_the_process():
+    target = tiny_model("llama", "flex_attention")
+    with pytest.raises(InputError, match=r"attn_implementation='flex_attention'.*load it with") as refusal:
+        greedy_generate(target, ROWS, max_new_tokens=2)
+    one_sentence(refusal.value)
+
+
 # What is found is kept, and nothing else.
 
 def test_a_model_is_probed_once(monkeypatch):

@@ -92,7 +92,8 @@ def settle(
     seeds = _seeds(seed, len(prompts))
     context = getattr(target.config, "max_position_embeddings", None)
 
-    rows = []
+    rows: list[Row] = []
+    shared: dict[int, LogitsProcessorList] = {}  # prompts of one length, unless the caller's own code is among them
     for number, prompt in enumerate(prompts):
         own = copy.copy(config)
         own.max_length = len(prompt) + _room(config, len(prompt), context)
@@ -103,6 +104,8 @@ def settle(
             logits_processor=logits_processor or LogitsProcessorList(),
             prefix_allowed_tokens_fn=prefix_allowed_tokens_fn and partial(_allowed, prefix_allowed_tokens_fn, number),
             device=target.device))
+        if not logits_processor and prefix_allowed_tokens_fn is None:
+            processors = shared.setdefault(len(prompt), processors)
         generator = torch.Generator().manual_seed(seeds[number])
         rows.append(Row(prompt, own.max_length - len(prompt), processors, generator))
 

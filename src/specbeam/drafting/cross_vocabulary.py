@@ -26,11 +26,11 @@ from specbeam.decoding.request import Request
 from specbeam.drafting import Proposal, Settings
 from specbeam.drafting.draft_model import DraftModel, Shape
 from specbeam.drafting.length import Length
-from specbeam.spelling import Pair, Text, pair
 from specbeam.engine.runner import embedding
 from specbeam.engine.support import adapt
 from specbeam.errors import InputError
 from specbeam.sampling import Path, process
+from specbeam.spelling import Pair, Text, pair
 
 _LARGE = 0.5  # vocabulary=auto: TLI when the draft has so many of the target's frequent tokens
 _UNDECODED = "".join(map(chr, range(0xDC80, 0xDD00)))

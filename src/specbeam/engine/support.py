@@ -91,7 +91,11 @@ def _probe(model: PreTrainedModel) -> Adapter:
     if unknown := set(layer_types) - _KNOWN_LAYERS:
         raise InputError(f"{name} has layers of type {', '.join(sorted(unknown))}, whose state cannot be kept as a "
                          "tree of tokens; specbeam runs models with full or sliding-window attention only.")
-    eager = getattr(config, "_attn_implementation", "eager") != "sdpa"
+    attention = getattr(config, "_attn_implementation", None) or "eager"
+    if any(kind in attention for kind in ("flex", "flash", "paged")):  # flex crashes the process on a dense mask
+        raise InputError(f"{name} was loaded with attn_implementation={attention!r}, which takes no mask of a tree: "
+                         "load it with attn_implementation=\"sdpa\" or \"eager\".")
+    eager = attention != "sdpa"
     with evaluating(model), torch.no_grad():
         wanted, gap = _plain_logits(model)
         tried = []
