@@ -1,4 +1,4 @@
-"""Which proposals survive: the greedy match, and rejection sampling, whose output is distributed as the target's."""
+"""Which proposals survive: the target's own choices, and rejection sampling, whose output is distributed as the target's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from specbeam.acceptance import greedy_match, rejection_sample
+from specbeam.acceptance import follow, rejection_sample
 from specbeam.sampling import draw
 
 N = 200_000
@@ -20,28 +20,41 @@ def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-# greedy_match
+# follow
 
-@pytest.mark.parametrize("proposed, best, length, accepted", [
-    ([5, 6, 7], [5, 6, 7, 8], 3, 3), ([5, 6, 7], [5, 6, 9, 8], 3, 2), ([5, 6, 7], [4, 6, 7, 8], 3, 0),
-    ([5, 6, 7], [5, 9, 7, 8], 3, 1), ([5, 6, 7], [5, 6, 7, 8], 2, 2), ([5, 6, 7], [5, 6, 7, 8], 0, 0),
+@pytest.mark.parametrize("proposed, best, accepted", [
+    ([5, 6, 7], [5, 6, 7, 8], 3), ([5, 6, 7], [5, 6, 9, 8], 2), ([5, 6, 7], [4, 6, 7, 8], 0),
+    ([5, 6, 7], [5, 9, 7, 8], 1), ([5, 6], [5, 6, 7], 2), ([], [5], 0),
 ])
-def test_the_longest_prefix_that_the_target_chose_itself_is_accepted(proposed, best, length, accepted):
-    found = greedy_match(torch.tensor([proposed]), torch.tensor([best]), torch.tensor([length]))
-    assert found.tolist() == [accepted]
+def test_the_longest_prefix_that_the_target_chose_itself_is_accepted(proposed, best, accepted):
+    path, following = follow(proposed, range(-1, len(proposed) - 1), best)
+    assert (path, following) == (list(range(accepted)), best[accepted])
 
 
-@settings(derandomize=True, max_examples=200, deadline=None)
-@given(st.lists(st.tuples(st.lists(st.integers(0, 2), min_size=4, max_size=4),
-                          st.lists(st.integers(0, 2), min_size=5, max_size=5), st.integers(0, 4)),
-                min_size=1, max_size=6))
-def test_any_batch_is_matched_row_by_row(rows):
-    proposed, best, lengths = (torch.tensor(list(column)) for column in zip(*rows, strict=True))
-    for (ours, theirs, length), accepted in zip(rows, greedy_match(proposed, best, lengths).tolist(), strict=True):
-        wanted = 0
-        while wanted < length and ours[wanted] == theirs[wanted]:
-            wanted += 1
-        assert accepted == wanted
+def test_of_a_tree_the_branch_that_the_target_chose_is_accepted():
+    tokens, parents = [5, 6, 7, 8, 9], [-1, -1, 0, 1, 3]
+    assert follow(tokens, parents, [6, 0, 8, 0, 9, 3]) == ([1, 3, 4], 3)
+    assert follow(tokens, parents, [5, 8, 8, 0, 9, 3]) == ([0], 8), "8 is there, but below the other branch"
+    assert follow(tokens, parents, [4, 7, 8, 0, 9, 3]) == ([], 4)
+
+
+@st.composite
+def trees(draw):
+    parents = [draw(st.integers(-1, node - 1)) for node in range(draw(st.integers(0, 12)))]
+    tokens = [draw(st.integers(0, 2)) for _ in parents]
+    return tokens, parents, [draw(st.integers(0, 2)) for _ in range(len(parents) + 1)]
+
+
+@settings(derandomize=True, max_examples=300, deadline=None)
+@given(trees())
+def test_of_any_tree_a_path_is_accepted_whose_every_token_the_target_chose_and_which_goes_no_further(tree):
+    tokens, parents, best = tree
+    path, following = follow(tokens, parents, best)
+    above = [-1, *path]
+    assert [parents[node] for node in path] == above[:-1]
+    assert [tokens[node] for node in path] == [best[node + 1] for node in above[:-1]]
+    assert following == best[above[-1] + 1]
+    assert not [node for node, parent in enumerate(parents) if parent == above[-1] and tokens[node] == following]
 
 
 # rejection_sample

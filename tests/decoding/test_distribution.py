@@ -196,7 +196,7 @@ def _reused_uniform(proposed, p, q, lengths, uniform):
 
 @pytest.mark.parametrize("mistake", [_without_residual, _bonus_from_the_draft, _reused_uniform])
 def test_control_a_wrong_rule_is_caught(mistake, monkeypatch):
-    monkeypatch.setattr("specbeam.decoding.speculative.rejection_sample", mistake)
+    monkeypatch.setattr("specbeam.acceptance.rejection_sample", mistake)
     p_value, excess = disagreement(speculated("temperature 1", 2, calls=3), part(exact("temperature 1", 4), 1, 4))
     assert p_value < FALSE_ALARM**2
     assert excess > 0 or mistake is _reused_uniform  # a small mistake, which only chi-square sees
@@ -205,10 +205,9 @@ def test_control_a_wrong_rule_is_caught(mistake, monkeypatch):
 def test_control_a_draft_that_reports_other_probabilities_than_it_drew_from_is_caught(monkeypatch):
     original = DraftModel.propose
 
-    def lies(self, sequences, lengths):
-        proposal = original(self, sequences, lengths)
-        return replace(proposal, probabilities=(proposal.probabilities**2).div(
-            (proposal.probabilities**2).sum(-1, keepdim=True)))
+    def lies(self, sequences, limits, length):
+        proposal = original(self, sequences, limits, length)
+        return replace(proposal, q=(proposal.q**2).div((proposal.q**2).sum(-1, keepdim=True)))
 
     monkeypatch.setattr(DraftModel, "propose", lies)
     p_value, _ = disagreement(speculated("temperature 1", 2, calls=3), part(exact("temperature 1", 4), 1, 4))

@@ -11,7 +11,7 @@ from options import EVERY_OPTION, ROWS, settings_of, wanted
 from reference import acceptance_rate, changed, generated, generated_all, good_draft, late_token, letters, model
 from tiny import _BASE, EOS, NAMES, VOCABULARY, build, left_padded, prompts, tiny_model
 
-from specbeam import InputError, greedy_generate, speculative_generate
+from specbeam import InputError, acceptance, greedy_generate, speculative_generate
 from specbeam.drafting.draft_model import DraftModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using the model-agnostic", "ignore:Unfeasible length")
@@ -247,18 +247,21 @@ def test_control_a_draft_whose_rejected_tokens_stay_cached_is_seen(monkeypatch):
     options = {"max_new_tokens": 30, "eos_token_id": None}
     honest = acceptance_rate(speculative_generate(model("llama"), good_draft("llama"), ROWS, **options))
     original = DraftModel.accept
-    monkeypatch.setattr(DraftModel, "accept", lambda self, accepted, lengths: original(self, lengths, lengths))
+    monkeypatch.setattr(DraftModel, "accept", lambda self, paths: original(
+        self, [list(range(len(numbers))) for numbers in self.numbers]))
     with pytest.raises(Exception):  # noqa: B017 - or a row has nothing left to read
         broken = speculative_generate(model("llama"), good_draft("llama"), ROWS, **options)
         assert acceptance_rate(broken) > 0.9 * honest
 
 
 def test_control_a_target_that_keeps_a_wrong_proposal_is_seen(monkeypatch):
-    def one_too_many(proposed: torch.Tensor, best: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        kept = ((proposed == best[:, :-1]).long().cumprod(1)).sum(1)
-        return torch.minimum(kept + 1, lengths)
+    honest = acceptance.follow
 
-    monkeypatch.setattr("specbeam.decoding.speculative.greedy_match", one_too_many)
+    def one_too_many(tokens, parents, best):
+        path, following = honest(tokens, parents, best)
+        return (path, following) if len(path) == len(tokens) else ([*path, len(path)], best[len(path) + 1])
+
+    monkeypatch.setattr(acceptance, "follow", one_too_many)
     out = speculative_generate(model("llama"), good_draft("llama"), ROWS, max_new_tokens=20)
     assert out.tokens != generated_all(model("llama"), ROWS, max_new_tokens=20)
 
