@@ -12,6 +12,7 @@ from tiny import EOS, NAMES, VOCABULARY, left_padded, prompts
 
 from specbeam import InputError, beam_generate, greedy_generate
 from specbeam.decoding import beam as beam_module
+from specbeam.engine.support import adapt
 from specbeam.trace import Hypothesis
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using the model-agnostic", "ignore:Unfeasible length")
@@ -201,6 +202,7 @@ def _worse(monkeypatch: pytest.MonkeyPatch, **options) -> None:
 
 
 def test_control_beams_that_follow_the_wrong_parent_are_seen(monkeypatch):
+    adapt(model("llama"))  # whose own probe would see it first
     original = beam_module.TokenTree.extend
 
     def crossed(self, tips, block, last_only=False):

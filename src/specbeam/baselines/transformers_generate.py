@@ -221,16 +221,19 @@ class _Observer(StoppingCriteria):
     marks: list[tuple[Any, int]] = field(default_factory=list)  # (mark, length so far) of each step
     verified: list[tuple[Any, Any, Tensor]] = field(default_factory=list)  # (start, end, ids) of each step's forward
     seen: list[Any] = field(default_factory=list)  # start, ids and end of the target's latest forward
+    watched: bool = False
     no: Tensor | None = None
 
     def start(self) -> None:
         self.started = self.clock.mark()
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        self.marks.append((self.clock.mark(), input_ids.shape[1]))
+        if self.seen or not self.watched:  # in older transformers the draft's own steps ask too: they are none
+            self.marks.append((self.clock.mark(), input_ids.shape[1]))
         if self.seen:  # of several forwards since the last step (target and draft may be one model), the last verified
             start, ids, end = self.seen
             self.verified.append((start, end, ids))
+            self.seen.clear()
         if self.forget_scores and scores:
             scores[-1].set_()  # a clone that nothing reads: without this, [beams, vocabulary] floats a step pile up
         if self.no is None or len(self.no) != len(input_ids):
@@ -246,6 +249,7 @@ class _Observer(StoppingCriteria):
         def after(_: nn.Module, __: Any, ___: Any) -> None:
             self.seen[2] = self.clock.mark()
 
+        self.watched = True
         handles = [target.register_forward_pre_hook(before, with_kwargs=True), target.register_forward_hook(after)]
         try:
             yield

@@ -20,7 +20,7 @@ class Adapter:
     layer_types: tuple[str, ...]  # non-empty: the mask is a dict with one entry per type
     window: int | None  # sliding window in positions, where some layer has one
     additive: bool  # the mask is added to the scores (0 / lowest) instead of a boolean
-    keeps: bool  # `logits_to_keep` takes one index per row
+    keeps: str  # `logits_to_keep` takes an index per "row", or "position"s common to all rows, or nothing ("")
     strict: bool  # never asks the cache for its length
     context: int | None  # positions it was made for
     absolute: bool  # positions beyond `context` do not exist (learned table)
@@ -48,13 +48,18 @@ def forward(adapter: Adapter, cache: SlotCache, tokens: Tensor, positions: Tenso
     tokens, positions: [rows, new] long. visible: [rows, new, view] bool, the slots each token attends to; near: the
     same within the sliding window. keep: [rows] long, the one token of each row whose logits are wanted; None: all.
     """
-    by_row = {} if keep is None or not adapter.keeps else {"logits_to_keep": keep[:, None]}
+    wanted, place = {}, keep
+    if keep is not None and adapter.keeps == "row":
+        wanted, place = {"logits_to_keep": keep[:, None]}, None
+    elif keep is not None and adapter.keeps == "position":  # older transformers
+        among, place = keep.unique(return_inverse=True)
+        wanted = {"logits_to_keep": among}
     logits = adapter.model(
         input_ids=tokens, position_ids=positions, attention_mask=_mask(adapter, visible, near),
-        past_key_values=cache, use_cache=True, **by_row,
+        past_key_values=cache, use_cache=True, **wanted,
     ).logits
-    if keep is not None and not by_row:
-        logits = logits.gather(1, keep[:, None, None].expand(-1, 1, logits.shape[-1]))
+    if place is not None:
+        logits = logits.gather(1, place[:, None, None].expand(-1, 1, logits.shape[-1]))
     return logits
 
 

@@ -100,7 +100,7 @@ def _probe(model: PreTrainedModel) -> Adapter:
         wanted, gap = _plain_logits(model)
         tried = []
         # Cheapest first: a boolean mask where sdpa takes it, one index per row for the last logits.
-        for additive, keeps, strict in product([eager, True], [True, False], [True, False]):
+        for additive, keeps, strict in product([eager, True], ["row", "position", ""], [True, False]):
             adapter = _describe(model, config, layer_types, additive, keeps, strict)
             try:
                 error = (_tree_logits(adapter) - wanted).abs().max().item()
@@ -116,7 +116,7 @@ def _probe(model: PreTrainedModel) -> Adapter:
                      "transformers_* methods for it.")
 
 
-def _describe(model: PreTrainedModel, config, layer_types: tuple[str, ...], additive: bool, keeps: bool,
+def _describe(model: PreTrainedModel, config, layer_types: tuple[str, ...], additive: bool, keeps: str,
               strict: bool) -> Adapter:
     slides = not layer_types or "sliding_attention" in layer_types
     rope = getattr(config, "rope_parameters", None) or {}
