@@ -1,0 +1,89 @@
+"""Which drafter wins on which kind of text? Tables for docs/drafters.md from finished runs.
+
+    specbeam compare experiment=speculation prompt_set.path=question.jsonl prompt_set.per_category=5 output_dir=RUN
+    python benchmarks/drafters.py RUN [RUN …] > docs/drafters.md
+
+Speed-up: decode seconds a token of plain greedy decoding over the method's, in the same run. Predicted: the tokens a
+round that acceptance α (each proposal accepted with the same probability, given those before it) gives at draft length
+γ, (1 - α^(γ+1)) / (1 - α), over what a round costs in plain steps, by the run's own seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+GROUPS = {"translation": "translation", "summarization": "summary", "qa": "qa", "math_reasoning": "math", "rag": "rag"}
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [row for row in rows if row["status"] == "ok" and row["decode_seconds"]]
+
+
+def seconds_per_token(rows: list[dict[str, Any]]) -> float:
+    """The seconds of a batch count once."""
+    batches = {row["batch_id"]: row["decode_seconds"] for row in rows}
+    tokens = sum(row["new_tokens"] - row["first_tokens"] for row in rows)
+    return sum(batches.values()) / tokens if tokens else float("nan")
+
+
+def predicted(rows: list[dict[str, Any]], plain: list[dict[str, Any]]) -> float | None:
+    """Speed-up by the formula, for chains: α from the acceptance by position, costs from the run's seconds."""
+    offered = accepted = 0
+    for row in rows:
+        reached = row["rounds"]
+        for tried, kept in row["accepted_by_position"]:
+            offered, accepted = offered + min(tried, reached), accepted + kept
+            reached = kept
+    rounds = sum(row["rounds"] for row in rows)
+    drafted = sum(row["drafted"] for row in rows)
+    if not offered or not rounds:
+        return None
+    alpha, gamma = accepted / offered, drafted / rounds
+    tokens = 1 + gamma if alpha >= 1 else (1 - alpha ** (gamma + 1)) / (1 - alpha)
+    batches = {row["batch_id"]: (row["decode_seconds"], row["rounds"]) for row in rows}
+    longest: dict[str, int] = defaultdict(int)
+    for row in rows:
+        longest[row["batch_id"]] = max(longest[row["batch_id"]], row["rounds"])
+    steps: dict[str, int] = defaultdict(int)
+    for row in plain:
+        steps[row["batch_id"]] = max(steps[row["batch_id"]], row["rounds"])
+    seconds = {row["batch_id"]: row["decode_seconds"] for row in plain}
+    a_round = sum(s for s, _ in batches.values()) / sum(longest.values())
+    a_step = sum(seconds.values()) / sum(steps.values())
+    return tokens * a_step / a_round
+
+
+def table(folder: Path) -> str:
+    rows = rows_of(folder)
+    config = (folder / "summary.json").read_text(encoding="utf-8")
+    batch = json.loads(config).get("batch_size")
+    by: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        group = GROUPS.get(row["category"], "mt-bench")
+        by[row["method"]][group].append(row)
+        by[row["method"]]["all"].append(row)
+    groups = [g for g in ("mt-bench", *GROUPS.values(), "all") if by["greedy"].get(g)]
+    lines = [f"### Batch {batch}", "", "| method | " + " | ".join(groups) + " | predicted | mean accepted length |",
+             "|---" + "|--:" * (len(groups) + 2) + "|"]
+    for method, found in by.items():
+        if method == "greedy":
+            continue
+        cells = [f"{seconds_per_token(by['greedy'][g]) / seconds_per_token(found[g]):.2f}" if found.get(g) else "–"
+                 for g in groups]
+        guess = predicted(found["all"], by["greedy"]["all"])
+        rounds = sum(row["rounds"] for row in found["all"])
+        length = sum(row["new_tokens"] - row["first_tokens"] for row in found["all"]) / max(rounds, 1)
+        lines.append(f"| {method} | " + " | ".join(cells) + f" | {'–' if guess is None else f'{guess:.2f}'} | "
+                     f"{length:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit("benchmarks/drafters.py takes at least one run folder.")
+    print("\n".join(table(Path(folder)) for folder in sys.argv[1:]))
