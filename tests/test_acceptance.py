@@ -1,4 +1,4 @@
-"""Which proposals survive: the target's own choices, and rejection sampling, whose output is distributed as the target's."""
+"""Which proposals survive: the target's own choices; and rejection sampling, distributed as the target's text."""
 
 from __future__ import annotations
 

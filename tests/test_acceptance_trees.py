@@ -133,7 +133,7 @@ def test_block_verification_accepts_more_than_rejection_sampling_in_any_world():
 
 
 def test_a_sure_token_is_accepted_with_the_targets_probability_for_it():
-    tokens, counts = committed_by(block_verification, False, torch.ones(N).long())
+    _, counts = committed_by(block_verification, False, torch.ones(N).long())
     assert stats.binomtest(int((counts == 2).sum()), N, float(P[0][2])).pvalue > FALSE_ALARM
 
 

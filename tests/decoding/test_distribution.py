@@ -182,6 +182,8 @@ def _without_residual(proposed, p, q, lengths, uniform):
 def _bonus_from_the_draft(proposed, p, q, lengths, uniform):
     """All accepted: one more token from the draft's last distribution."""
     accepted, following = rejection_sample(proposed, p, q, lengths, uniform)
+    if q is None:  # prefill: nothing was proposed
+        return accepted, following
     wrong = draw(q[torch.arange(len(q)), (lengths - 1).clamp(min=0)],
                  uniform.gather(1, lengths[:, None]).squeeze(1))
     return accepted, torch.where(accepted == lengths, wrong, following)

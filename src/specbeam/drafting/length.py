@@ -19,6 +19,7 @@ import json
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -212,7 +213,12 @@ def read_costs(path: str) -> Costs:
             getattr(costs, name).extend(float(x) for x in data[name])
         for new, values in data["verify"].items():
             costs.verify[int(new)].extend(float(x) for x in values)
-        assert len(costs.tried) == len(costs.kept) == _BUCKETS and costs.plain
+        measured = [*costs.plain, *costs.round, *costs.tokens, *costs.draft, *chain(*costs.verify.values())]
+        counts = [*costs.tried, *costs.kept, costs.wait]
+        # Whatever is divided by or compared later is there, and is a number.
+        assert len(costs.tried) == len(costs.kept) == _BUCKETS and costs.plain and all(costs.verify.values())
+        assert costs.verify and bool(costs.round) == bool(costs.tokens)
+        assert all(0 < x < float("inf") for x in measured) and all(0 <= x < float("inf") for x in counts)
     except OSError as error:
         raise InputError(f"costs file {path!r} cannot be read ({error.strerror}): give one written by "
                          "specbeam.drafting.length.write_costs.") from None
@@ -226,7 +232,7 @@ def write_costs(path: str, target: Any, draft: Any = None, drafter: str = "draft
     """Freeze what `draft_length="auto"` has learned so far about this pair, at this batch size."""
     partner = (drafter, vocabulary, id(draft) if draft is not None else None, rows)
     costs = _known.get(target, {}).get(partner)
-    if costs is None:
+    if costs is None or not costs.plain:
         raise InputError(f"nothing was learned yet for drafter={drafter} with {rows} rows: generate with "
                          "draft_length=\"auto\" first.")
     Path(path).write_text(json.dumps({

@@ -1,0 +1,242 @@
+"""How long a proposal is: decisions from given seconds and acceptances, and the file that freezes them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from specbeam.drafting import Proposal, Settings
+from specbeam.drafting.length import Costs, Length, read_costs, write_costs
+from specbeam.errors import InputError
+
+
+class Pair:
+    """Stands for a model; costs are remembered per object."""
+
+
+@pytest.fixture
+def target():
+    return Pair()
+
+
+@pytest.fixture
+def draft():
+    return Pair()
+
+
+def auto(target, draft, rows=1, **settings):
+    return Length(Settings(draft_length="auto", **settings), target, draft, rows)
+
+
+def proposal(tokens: int, rows: int = 1, confidence: float = 0.9) -> Proposal:
+    return Proposal([[7] * tokens] * rows, [list(range(-1, tokens - 1))] * rows, None, ["draft_model"] * rows,
+                    [""] * rows, [[confidence] * tokens] * rows, forwards=tokens)
+
+
+def plain_rounds(chosen: Length, count: int = 3, seconds: float = 1.0) -> None:
+    for _ in range(count):
+        chosen.round_done(None, [[]], [1], [0.0, seconds, seconds], 1)
+
+
+def drafted_rounds(chosen: Length, kept: int, of: int, seconds: float, count: int = 6, draft_seconds: float = 0.1,
+                   confidence: float = 0.9) -> None:
+    for _ in range(count):
+        chosen.round_done(proposal(of, confidence=confidence), [list(range(kept))], [kept + 1],
+                          [draft_seconds * of, 1.0, seconds], of + 1)
+
+
+def test_a_fixed_length_is_always_proposed(target, draft):
+    fixed = Length(Settings(draft_length=5), target, draft, 3)
+    assert fixed.fixed
+    assert fixed.limits([5, 2, 0]) == [5, 2, 0]
+    assert fixed.why == ["length", "end of answer", "end of answer"]
+    assert fixed.proposes(0, 0.0) and fixed.reads_on(0, 3)
+
+
+def test_a_threshold_stops_where_the_draft_is_less_sure(target, draft):
+    sure = Length(Settings(draft_length=5, confidence_threshold=0.4), target, draft, 2)
+    sure.limits([5, 5])
+    assert [sure.proposes(0, 0.4), sure.proposes(1, 0.39)] == [True, False]
+    assert sure.why == ["length", "confidence"]
+
+
+def test_auto_measures_plain_rounds_first(target, draft):
+    chosen = auto(target, draft)
+    for _ in range(2):
+        assert chosen.limits([8]) == [0] and chosen.why == ["measuring plain"]
+        plain_rounds(chosen, 1)
+    assert chosen.limits([8]) == [8]
+
+
+def test_auto_goes_on_where_rounds_with_proposals_are_faster(target, draft):
+    chosen = auto(target, draft)
+    plain_rounds(chosen)
+    drafted_rounds(chosen, kept=3, of=4, seconds=1.5)
+    assert [chosen.limits([8]) for _ in range(20)] == [[8]] * 20
+
+
+def test_auto_falls_back_to_plain_rounds_and_tries_again_ever_later(target, draft):
+    chosen = auto(target, draft)
+    plain_rounds(chosen)
+    drafted_rounds(chosen, kept=0, of=4, seconds=1.5, count=3)
+    waits, wait = [], 0
+    for _ in range(1200):
+        if chosen.limits([8])[0]:
+            waits.append(wait)
+            wait = 0
+            drafted_rounds(chosen, kept=0, of=4, seconds=1.5, count=1)
+        else:
+            assert chosen.why == ["does not pay"]
+            wait += 1
+            plain_rounds(chosen, 1)
+    assert waits[:5] == [0, 8, 16, 32, 64]
+    assert set(waits[5:]) == {128}
+
+
+def test_auto_comes_back_when_a_try_succeeds(target, draft):
+    chosen = auto(target, draft)
+    plain_rounds(chosen)
+    drafted_rounds(chosen, kept=0, of=4, seconds=1.5, count=3)
+    chosen.limits([8])
+    drafted_rounds(chosen, kept=4, of=4, seconds=1.5, count=15)
+    while chosen.limits([8]) == [0]:
+        pass
+    assert [chosen.limits([8]) for _ in range(20)] == [[8]] * 20
+
+
+def test_auto_stops_where_the_chance_of_the_whole_prefix_is_below_its_cost(target, draft):
+    """A token in the target's forward costs 0.25 plain rounds: worth it as long as P(all accepted) is above that."""
+    chosen = auto(target, draft)
+    plain_rounds(chosen)
+    chosen.costs.verify[5].append(2.0)
+    chosen.limits([8])
+    assert [chosen.proposes(0, 0.6) for _ in range(4)] == [True, True, False, False]  # 0.6, 0.36, 0.216
+    assert chosen.why == ["not worth its time"]
+
+
+def test_auto_believes_what_was_accepted_more_than_what_the_draft_thinks(target, draft):
+    chosen = auto(target, draft)
+    plain_rounds(chosen)
+    for _ in range(100):
+        chosen.costs.learn(0.95, False)
+    assert chosen.costs.acceptance(0.95) < 0.05
+    assert chosen.costs.acceptance(0.55) == pytest.approx(0.55), "nothing is known of other confidences"
+
+
+def test_auto_reads_on_only_when_a_draft_forward_is_worth_its_time(target, draft):
+    chosen = auto(target, draft, rows=4)
+    plain_rounds(chosen)
+    chosen.costs.draft.append(0.8)
+    chosen.limits([8] * 4)
+    assert not chosen.reads_on(0, rows=1)
+    assert chosen.reads_on(0, rows=4), "four rows share the forward"
+
+
+def test_what_a_round_taught_is_by_confidence_and_ends_at_the_first_rejection(target, draft):
+    chosen = auto(target, draft)
+    chosen.round_done(proposal(4, confidence=0.85), [[0, 1]], [3], [0.4, 1.0, 1.5], 5)
+    assert (chosen.costs.tried[8], chosen.costs.kept[8]) == (3, 2)
+    assert chosen.costs.draft[0] == pytest.approx(0.1)
+    assert list(chosen.costs.tokens) == [3]
+
+
+def test_what_was_learned_stays_with_the_pair_from_prompt_to_prompt(target, draft):
+    plain_rounds(auto(target, draft))
+    assert auto(target, draft).limits([8]) == [8]
+    assert auto(target, Pair()).limits([8]) == [0], "another draft is another pair"
+    assert auto(target, draft, rows=2).limits([8, 8]) == [0, 0], "another batch size has other seconds"
+
+
+def test_proposals_without_a_model_are_cut_to_what_pays_and_stay_trees(target):
+    chosen = Length(Settings(drafter="suffix", draft_length="auto"), target, None, 1)
+    plain_rounds(chosen)
+    chosen.costs.verify[5].append(2.0)
+    chosen.limits([8])
+    tree = Proposal([[5, 6, 7, 8]], [[-1, 0, 1, 0]], None, ["suffix"], [""])
+    cut = chosen.trim(tree)
+    assert (cut.tokens, cut.parents) == ([[5, 6, 8]], [[-1, 0, 0]]), "0.5, then 0.25 twice; 0.125 is too little"
+
+
+def test_a_drawn_proposal_is_never_cut(target, draft):
+    chosen = auto(target, draft)
+    plain_rounds(chosen)
+    chosen.costs.verify[5].append(9.0)
+    chosen.limits([8])
+    drawn = Proposal([[5, 6]], [[-1, 0]], torch.ones(1, 2, 9), ["draft_model"], [""])
+    assert chosen.trim(drawn) is drawn
+
+
+# The file.
+
+def learned(target, draft):
+    chosen = auto(target, draft)
+    plain_rounds(chosen)
+    drafted_rounds(chosen, kept=2, of=4, seconds=1.3)
+    return chosen
+
+
+def test_costs_come_back_as_they_were_written_and_learn_no_more(target, draft, tmp_path):
+    file = str(tmp_path / "costs.json")
+    before = learned(target, draft).costs
+    write_costs(file, target, draft)
+    costs = read_costs(file)
+    assert costs.frozen
+    for name in ("plain", "round", "tokens", "draft", "verify", "tried", "kept", "wait"):
+        assert getattr(costs, name) == getattr(before, name)
+    chosen = auto(target, draft, costs=file)
+    drafted_rounds(chosen, kept=0, of=4, seconds=9.0)
+    assert (chosen.costs.plain, chosen.costs.kept) == (costs.plain, costs.kept)
+    assert before.kept == costs.kept
+
+
+def test_frozen_costs_decide_the_same_every_time(target, draft, tmp_path):
+    file = str(tmp_path / "costs.json")
+    learned(target, draft)
+    write_costs(file, target, draft)
+
+    def decisions():
+        chosen = auto(Pair(), Pair(), costs=file, rows=2)
+        found = []
+        for turn in range(30):
+            found.append(chosen.limits([8, 3]))
+            found.append([chosen.proposes(row, 0.1 * (turn % 9)) for row in (0, 1)])
+        return found
+
+    assert decisions() == decisions()
+
+
+def test_there_is_nothing_to_freeze_before_anything_was_learned(target, draft, tmp_path):
+    auto(target, draft)  # chosen for, but no round was run
+    with pytest.raises(InputError, match=r"nothing was learned yet for drafter=draft_model with 1 rows"):
+        write_costs(str(tmp_path / "x.json"), target, draft)
+
+
+GOOD = {"plain": [1.0], "round": [], "tokens": [], "draft": [], "verify": {"1": [1.0]}, "tried": [0] * 10,
+        "kept": [0] * 10, "wait": 4}
+
+
+@pytest.mark.parametrize("text", [
+    "not json", "[]", "{}", "\udcff", *(json.dumps(GOOD | wrong) for wrong in (
+        {"tried": [0] * 9}, {"tried": ["x"] * 10}, {"kept": None}, {"wait": None}, {"wait": -1}, {"plain": []},
+        {"plain": ["x"]}, {"plain": [0.0]}, {"plain": [float("nan")]}, {"round": [1.0], "tokens": []},
+        {"verify": []}, {"verify": {}}, {"verify": {"1": []}}, {"verify": {"a": [1]}}))])
+def test_a_file_that_is_no_costs_file_is_refused_in_one_sentence(tmp_path, text):
+    file = tmp_path / "costs.json"
+    file.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(InputError, match=r"is not one that specbeam\.drafting\.length\.write_costs wrote") as error:
+        read_costs(str(file))
+    assert "\n" not in str(error.value)
+
+
+def test_a_good_file_is_read(tmp_path):
+    file = tmp_path / "costs.json"
+    file.write_text(json.dumps(GOOD))
+    assert isinstance(read_costs(str(file)), Costs)
+
+
+@pytest.mark.parametrize("name", ["missing.json", "."])
+def test_a_file_that_cannot_be_read_is_refused_in_one_sentence(tmp_path, name):
+    with pytest.raises(InputError, match=r"costs file .* cannot be read \("):
+        read_costs(str(tmp_path / name))
