@@ -8,12 +8,12 @@ chi-square; with fresh seeds a correct rule would fail each comparison with prob
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from itertools import product
 
 import pytest
 import torch
+from planted import mutated
 from scipy import stats
 from torch import Tensor
 
@@ -224,15 +224,6 @@ def test_siblings_beyond_what_the_draft_can_draw_are_never_accepted():
 
 # Planted faults.
 
-def mutated(rule: Callable, right: str, wrong: str) -> Callable:
-    """The rule with one mistake in its source."""
-    source = inspect.getsource(rule)
-    assert right in source, "the fault is not planted: the rule is written otherwise now"
-    names = dict(vars(acceptance))
-    exec(source.replace(right, wrong), names)
-    return names[rule.__name__]
-
-
 @pytest.mark.parametrize("right, wrong, kind", [
     ("left = left / left.sum().clamp(min=1e-300)", "pass", "without replacement"),
     ("left = left / left.sum().clamp(min=1e-300)", "pass", "points"),
@@ -243,7 +234,7 @@ def mutated(rule: Callable, right: str, wrong: str) -> Callable:
 ], ids=["residual not renormalised", "points not renormalised", "treated as drawn with replacement",
         "draft not renormalised", "correction from p", "a rejected point stays"])
 def test_a_mistake_in_the_rule_for_trees_is_caught(right, wrong, kind):
-    assert law_of_trees(mutated(sample_tree, right, wrong), kind) < FALSE_ALARM**2
+    assert law_of_trees(mutated(acceptance, "sample_tree", right, wrong), kind) < FALSE_ALARM**2
 
 
 @pytest.mark.parametrize("right, wrong", [
@@ -253,14 +244,14 @@ def test_a_mistake_in_the_rule_for_trees_is_caught(right, wrong, kind):
     ("accepted, scale, uniform)", "accepted, scale * 0 + 1, uniform)"),
 ], ids=["weight above one", "last token alone", "prefix by its weight", "residual of p, not of w p"])
 def test_a_mistake_in_block_verification_is_caught(right, wrong):
-    rule = mutated(block_verification, right, wrong)
+    rule = mutated(acceptance, "block_verification", right, wrong)
     assert law_of(*committed_by(rule, True, torch.full((N,), 2))) < FALSE_ALARM**2
 
 
 def test_siblings_drawn_with_replacement_cost_a_try_but_no_exactness():
     """A token drawn twice has nothing left in q the second time, and is passed over; a rule that tries it is caught."""
     assert law_of_trees(sample_tree, "replaced") > FALSE_ALARM
-    tries_again = mutated(sample_tree, "if float(mine[x]) > 0 else 0.0", "if float(mine[x]) > 0 else 1.0")
+    tries_again = mutated(acceptance, "sample_tree", "if float(mine[x]) > 0 else 0.0", "if float(mine[x]) > 0 else 1.0")
     assert law_of_trees(tries_again, "replaced") < FALSE_ALARM**2
 
 

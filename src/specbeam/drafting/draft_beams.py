@@ -50,6 +50,7 @@ class DraftBeams:
         room = [row.max_new_tokens for row in request.rows]
         check_lengths(adapt(draft), lengths, room, role="draft")
         self.rows, self.width, self.vocabulary = list(request.rows), draft_beams, vocabulary
+        self.num_beams = num_beams
         self.eos = sorted(request.eos)
         self.tree = TokenTree(adapt(draft), len(lengths), max(lengths) + max(room) + draft_beams * (depth + 2))
         self.known = embedding(draft).shape[0] - 1
@@ -72,8 +73,7 @@ class DraftBeams:
         for level in range(depth):
             paths = [[self.rows[row].prompt + self._path(written[row], found, above, row, place)
                       for place in range(logits.shape[1])] if self.rows[row].processors else [] for row in range(rows)]
-            log_probs = process(align(logits, self.vocabulary).float().log_softmax(-1),
-                                [row.processors for row in self.rows], partial(_of, paths))
+            log_probs = self._processed(align(logits, self.vocabulary).float().log_softmax(-1), paths)
             log_probs[..., self.eos] = -torch.inf  # an ended beam needs no continuation
             best, index = (log_probs + scores[..., None]).flatten(1).topk(self.width)
             parent, token = index // log_probs.shape[-1], index % log_probs.shape[-1]
@@ -122,6 +122,16 @@ class DraftBeams:
         last = (missing[:, None] - 1) * beams + torch.arange(beams, device=tokens.device)
         self.nodes, self.read = nodes.pick(last), length.clone()
         return logits.gather(1, last[..., None].expand(-1, -1, logits.shape[-1]))
+
+    def _processed(self, log_probs: Tensor, paths: list[list[list[int]]]) -> Tensor:
+        """log_probs [rows, width, vocabulary] after each row's processors; paths[row][place]: what lies before."""
+        processors, width = [row.processors for row in self.rows], log_probs.shape[1]
+        if not any(processors):
+            return log_probs
+        # Some of transformers' processors count on a multiple of num_beams: the last beam is repeated.
+        places = [min(place, width - 1) for place in range(width + -width % self.num_beams)]
+        paths = [[row[place] for place in places] if row else row for row in paths]
+        return process(log_probs[:, places], processors, partial(_of, paths))[:, :width]
 
     def _path(self, written: list[list[int]], found: Sequence[Tensor], above: Sequence[Tensor], row: int, place: int
               ) -> list[int]:
