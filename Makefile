@@ -9,14 +9,14 @@ compare: $(STAMP)  ## compare decoding methods on the bundled pair, offline
 	$(BIN)/specbeam compare $(ARGS)
 
 test: $(STAMP)  ## everything but the heavy tests
-	$(BIN)/python -m pytest -q -n 2 -m "not heavy" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not heavy" $(ARGS)
 
 test-all: $(STAMP)  ## also what needs a browser (Debian: apt-get install chromium) or minutes
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,browser]'
-	$(BIN)/python -m pytest -q -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
 
 check: $(STAMP)  ## style and types
-	$(BIN)/ruff check src tests recipes
+	$(BIN)/ruff check src tests recipes benchmarks
 	$(BIN)/mypy src
 
 $(STAMP): pyproject.toml constraints.txt

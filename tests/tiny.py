@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import transformers as hf
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -9,10 +11,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 VOCABULARY = 101
 EOS = 2
 
-_BASE = dict(
-    vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.25, bos_token_id=1, eos_token_id=EOS,
-    pad_token_id=0)
+_BASE: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.25,
+    "bos_token_id": 1, "eos_token_id": EOS, "pad_token_id": 0}
 _SLIDES = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
 _GEMMA = dict(_BASE, num_hidden_layers=4, head_dim=32, sliding_window=8, layer_types=_SLIDES,
               query_pre_attn_scalar=32, tie_word_embeddings=False)  # tied, the last token outshouts its context

@@ -17,8 +17,8 @@ from specbeam.decoding.greedy import greedy_generate
 from specbeam.decoding.speculative import speculative_generate
 from specbeam.drafting.cross_vocabulary import ExactMatch, Intersection, rewrite
 from specbeam.drafting.draft_model import DraftModel
-from specbeam.spelling import pair
 from specbeam.errors import InputError
+from specbeam.spelling import pair
 
 KINDS = {
     "byte-level": byte_level(ENGLISH, 340),
