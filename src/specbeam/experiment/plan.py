@@ -373,7 +373,7 @@ def check_corpus(path: str) -> None:
         def encode(self, text: str, add_special_tokens: bool) -> list[int]:
             return [0] if text else []
 
-    read_corpus(path, AnyTokenizer(), 1 << 62)
+    read_corpus(path, AnyTokenizer(), 1 << 31)
 
 
 def check_option_value(place: str, kind: str, name: str, value: Any) -> None:
