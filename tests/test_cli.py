@@ -73,6 +73,7 @@ def test_the_defaults_are_the_designs() -> None:
         "greedy": {"kind": "greedy"},
         "speculative": {"kind": "speculative", "draft_length": 4},
         "beam": {"kind": "beam", "num_beams": 4},
+        "speculative_beam": {"kind": "speculative_beam", "num_beams": 4, "draft_length": "auto"},
         "transformers_greedy": {"kind": "transformers_greedy"},
         "transformers_assisted": {"kind": "transformers_assisted", "draft_length": 4},
         "transformers_beam": {"kind": "transformers_beam", "num_beams": 4},
@@ -94,7 +95,8 @@ def test_a_new_label_needs_no_plus() -> None:
 def test_a_whole_methods_value_is_exactly_those_methods() -> None:
     config = compose("config", ["methods={a: {kind: greedy}}", "methods.b={kind: beam}"])
     assert config["methods"] == {"a": {"kind": "greedy"}, "b": {"kind": "beam"}}
-    assert list(compose("config", ["~methods.beam", "~methods.transformers_beam"])["methods"]) == [
+    without = ["~methods.beam", "~methods.speculative_beam", "~methods.transformers_beam"]
+    assert list(compose("config", without)["methods"]) == [
         "greedy", "speculative", "transformers_greedy", "transformers_assisted",
     ]  # fmt: skip
 

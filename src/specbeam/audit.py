@@ -24,6 +24,7 @@ from specbeam.sampling import process
 FALSE_ALARM = 1e-5
 _KEPT = 4  # tokens that sampling may choose from at each step (top_k), so that all outcomes can be counted
 _STEPS = 3
+_OF_DRAFTS = ("draft_tokenizer", "temperature")  # no options of the plain greedy and beam methods
 # Logits closer than this part of the largest one are equal up to rounding of the dtype.
 _ROUNDING = {torch.float32: 2e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}
 
@@ -43,7 +44,7 @@ def audit_tokens(label: str, settings: dict[str, Any], target: Any, draft: Any, 
     settings = dict(settings)
     kind = settings.pop("kind")
     plain_kind = "beam" if METHODS[kind].family == "beam" else "greedy"
-    own = METHODS[kind].options
+    own = (*METHODS[kind].options, *_OF_DRAFTS)
     shared = {name: value for name, value in settings.items() if name not in own}
     ties: list[str] = []
     for number, prompt in enumerate(prompts):
@@ -70,7 +71,7 @@ def audit_sampling(label: str, settings: dict[str, Any], target: Any, draft: Any
     """Sampling: the first tokens of `draws` answers against their exact distribution (chi-square)."""
     settings = {**settings, "top_k": _KEPT, "eos_token_id": [], "max_new_tokens": _STEPS}
     kind = settings.pop("kind")
-    own = METHODS[kind].options
+    own = (*METHODS[kind].options, "draft_tokenizer")
     exact = exact_distribution(target, prompt, {k: v for k, v in settings.items() if k not in own})
     counts: dict[tuple[int, ...], int] = dict.fromkeys(exact, 0)
     outside = 0
@@ -141,6 +142,8 @@ def audit(methods: dict[str, dict[str, Any]], dtypes: Sequence[str], load: Calla
         prompts = [models.render([one], config["system_prompt"]).input_ids[0] for one in conversations]
         for label, settings in methods.items():
             settings = {**settings, "tokenizer": models.tokenizer}
+            if settings.get("vocabulary", "same") != "same":
+                settings["draft_tokenizer"] = models.draft_tokenizer
             if method_family(settings["kind"], settings) != "sample":
                 findings.append(audit_tokens(label, settings, models.target, models.draft, prompts))
             elif models.target.dtype == torch.float32:  # the rounding of others is no property of the method

@@ -130,7 +130,7 @@ PROMPT = torch.tensor([3, 4, 5, 1])
 @functools.cache
 def small() -> tuple:
     target = small_target()
-    return target, tiny_draft(target, noise=0.5)
+    return target, tiny_draft(target, noise=0.2)
 
 
 @functools.cache

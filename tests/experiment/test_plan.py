@@ -98,9 +98,9 @@ def test_three_draft_lengths_can_share_a_kind() -> None:
     assert [method.options["draft_length"] for method in make_plan(config(methods=methods)).methods] == [2, 4, 8]
 
 
-def test_only_keeps_the_configs_order() -> None:
-    plan = make_plan(config(only=["beam", "greedy"]))
-    assert [method.label for method in plan.methods] == ["greedy", "beam"]
+def test_only_says_the_order() -> None:
+    plan = make_plan(config(only=["beam", "greedy", "beam"]))
+    assert [method.label for method in plan.methods] == ["beam", "greedy"]
 
 
 def test_a_method_may_have_its_own_max_new_tokens_and_null_means_unset() -> None:
@@ -132,13 +132,32 @@ def test_a_speculative_method_without_a_draft_says_what_can_be_run() -> None:
         ({"kind": "greedy", "temperature": 0.7}, "greedy does not sample"),
         ({"kind": "greedy", "do_sample": True}, "the kind decides"),
         ({"kind": "speculative", "num_assistant_tokens": 4}, "use draft_length"),
-        ({"kind": "speculative", "draft_length": 0}, "draft_length is 0: give a whole number of at least 1"),
+        ({"kind": "speculative", "draft_length": 0}, "draft_length is 0: give auto or a whole number of at least 1"),
         ({"kind": "speculative", "draft_length": -2}, "draft_length is -2"),
         ({"kind": "speculative", "draft_length": 2.5}, "draft_length is 2.5"),
         ({"kind": "speculative", "draft_length": 4.0}, "draft_length is 4.0"),
         ({"kind": "speculative", "draft_length": True}, "draft_length is True"),
         ({"kind": "speculative", "draft_length": "four"}, "draft_length is 'four'"),
         ({"kind": "transformers_assisted", "draft_length": 0}, "draft_length is 0"),
+        ({"kind": "transformers_assisted", "draft_length": "auto"}, "draft_length is 'auto': give a whole number"),
+        ({"kind": "speculative", "drafter": "promptlookup"}, "did you mean prompt_lookup?"),
+        ({"kind": "speculative", "branching": 3}, "branching is 3: give children per depth"),
+        ({"kind": "speculative", "branching": []}, "branching is []"),
+        ({"kind": "speculative", "branching": [3, 0]}, "branching is [3, 0]"),
+        ({"kind": "speculative", "tree_nodes": "many"}, "tree_nodes is 'many'"),
+        ({"kind": "speculative", "drafter": "early_exit", "exit_layer": 0}, "exit_layer is 0"),
+        ({"kind": "speculative", "drafter": "early_exit", "exit_layer": "two"}, "exit_layer is 'two'"),
+        ({"kind": "speculative", "drafter": "suffix", "corpus": 5}, "corpus is 5"),
+        ({"kind": "speculative", "drafter": "suffix", "corpus": "nowhere.jsonl"}, "nowhere.jsonl cannot be read"),
+        ({"kind": "speculative", "draft_length": "auto", "costs": "nowhere.json"}, "'nowhere.json' cannot be read"),
+        ({"kind": "speculative", "acceptance": "blok"}, "acceptance is 'blok'"),
+        ({"kind": "speculative", "acceptance": "block"}, "'block', which has no effect at temperature 0"),
+        ({"kind": "speculative", "top_k": 5}, "top_k is 5, which has no effect at temperature 0"),
+        ({"kind": "speculative_beam", "draft_beams": 2}, "draft_beams is 2, but num_beams is 4"),
+        ({"kind": "speculative_beam", "draft_beams": "wide"}, "draft_beams is 'wide'"),
+        ({"kind": "speculative_beam", "temperature": 1.0}, "speculative_beam does not sample"),
+        ({"kind": "speculative_beam", "drafter": "suffix"}, "drafter is no option of speculative_beam"),
+        ({"kind": "greedy", "stop_strings": 5}, "stop_strings is 5"),
         ({"kind": "speculative", "temperature": -1}, "temperature is -1"),
         ({"kind": "sample", "temperature": 0}, "temperature is 0"),
         ({"kind": "sample", "top_p": 1.5}, "top_p is 1.5: give a number above 0 and at most 1"),

@@ -20,7 +20,8 @@ from specbeam import cli
 from specbeam.decoding import METHODS, Method
 from specbeam.experiment import records
 
-METHOD_LABELS = ("greedy", "speculative", "beam", "transformers_greedy", "transformers_assisted", "transformers_beam")
+METHOD_LABELS = ("greedy", "speculative", "beam", "speculative_beam", "transformers_greedy", "transformers_assisted",
+                 "transformers_beam")
 Row = dict[str, Any]
 
 
@@ -100,7 +101,8 @@ def test_a_run_folder_has_every_file_and_one_row_for_each_answer(
         assert row["new_tokens"] == len(row["tokens"]) >= row["first_tokens"] >= 1
         assert row["prefill_seconds"] > 0 and row["decode_seconds"] >= 0
         assert row["accepted"] == sum(accepted for _, accepted in row["accepted_by_position"]) <= row["drafted"]
-        assert (row["drafted"] > 0) == (METHODS[row["kind"]].speculates and row["rounds"] > 0)
+        if row["kind"] != "speculative_beam":  # with draft_length auto it may find that proposing does not pay
+            assert (row["drafted"] > 0) == (METHODS[row["kind"]].speculates and row["rounds"] > 0)
 
     traces = records.read_lines(folder / "trace.jsonl")
     assert Counter(map(records.trace_key, traces)) == Counter(key[:3] for key in expected if key[3] == 0)

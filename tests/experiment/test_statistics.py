@@ -84,7 +84,8 @@ def test_the_interval_shrinks_with_prompts_and_is_repeatable():
 
 def test_one_prompt_once_has_no_interval_and_one_prompt_repeated_has_the_clocks():
     assert compare([row("speculative", "a", 20)], [row("greedy", "a", 10)]) == {
-        "median": 2.0, "low": None, "high": None, "geometric_mean": pytest.approx(2.0), "pairs": 1, "left_out": 0}
+        "median": 2.0, "low": None, "high": None, "geometric_mean": pytest.approx(2.0), "pairs": 1, "units": 1,
+        "left_out": 0}
     ours = [row("speculative", "a", rate, repeat) for repeat, rate in enumerate((18, 22))]
     repeated = compare(ours, [row("greedy", "a", 10, repeat) for repeat in range(2)])
     assert repeated["low"] == pytest.approx(1.8) and repeated["high"] == pytest.approx(2.2)
@@ -95,6 +96,7 @@ def test_prompts_of_one_batch_are_one_unit():
     theirs = [row("greedy", p, 10, batch="g") for p in "abcd"]
     speedup = compare(ours, theirs)
     assert speedup["median"] == 1.0 and speedup["low"] is None and speedup["pairs"] == 4
+    assert speedup["units"] == 1
 
 
 def test_a_batch_is_compared_with_the_same_prompts_run_one_by_one():

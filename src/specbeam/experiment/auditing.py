@@ -42,7 +42,10 @@ def run_audit(config: dict[str, Any], console: Console) -> int:
 
     def load(dtype: str) -> Models:
         with console.status(f"loading models in {dtype}"):
-            return Models(target, draft, config["device"], dtype)
+            same = any(method.same_vocabulary for method in methods)
+            models = Models(target, draft, config["device"], dtype, same_vocabulary=same)
+        models.check(methods)
+        return models
 
     def say(finding: Finding) -> None:
         console.print(f"[{_COLOURS[finding.verdict]}]{finding.verdict:9}[/] {finding.dtype:9} {finding.method}: "
@@ -56,5 +59,6 @@ def run_audit(config: dict[str, Any], console: Console) -> int:
         console.print(f"Verdict: {len(wrong)} of {len(findings)} checks found a real difference.", style="bold red")
         return 1
     rest = f" ({len(ties)} with near-ties of the target's own logits)" if ties else ""
-    console.print(f"Verdict: the output is the target's own in all {len(findings)} checks{rest}.", style="bold green")
+    console.print(f"Verdict: the output is the target's own in {'all ' * (len(findings) > 1)}{len(findings)} "
+                  f"check{'s' * (len(findings) > 1)}{rest}.", style="bold green")
     return 0

@@ -68,7 +68,8 @@ def nearest(name: str, known: list[str]) -> str:
     if last in ends and name not in known:
         found = [ends[last]]  # the right name in the wrong place
     else:
-        found = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+        longer = [key for key in known if len(name) > 2 and key.startswith(name)]  # its beginning was written
+        found = longer[:1] or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if not found:
         found = [ends[end] for end in difflib.get_close_matches(last, list(ends), n=1, cutoff=0.8)]
     return f" (did you mean {found[0]}?)" if found else ""
@@ -142,7 +143,7 @@ def _opened(text: str, known: list[str], open_top: bool) -> list[str]:
     if override.is_sweep_override():
         raise InputError(f"{text!r} gives several values: use --multirun to run them all, or quote the value.")
     key = str(override.key_or_group)
-    if key in OPEN_KEYS and not override.is_delete():
+    if key in OPEN_KEYS and key in known and not override.is_delete():
         value = override.value()
         if not isinstance(value, dict) or not value:
             raise InputError(f"{key} is empty: name at least one, for example 'methods.greedy={{kind: greedy}}'.")
@@ -150,7 +151,7 @@ def _opened(text: str, known: list[str], open_top: bool) -> list[str]:
             return [f"~{key}", f"+{line}"]
     if line[0] in "+~" or override.package is not None or key in known:
         return [line]
-    below_open = key.split(".")[0] in OPEN_KEYS and "." in key
+    below_open = key.split(".")[0] in OPEN_KEYS and key.split(".")[0] in known and "." in key
     top_open = open_top and re.fullmatch(r"\w+", key) is not None
     return [f"++{line}" if below_open or top_open else line]
 
@@ -163,10 +164,9 @@ def _unknown_option(error: Any) -> str:
         return f"There is no config {wanted!r}."
     close = difflib.get_close_matches(option, options, n=1, cutoff=0.5)
     hint = f"did you mean {group}={close[0]}? " if close else ""
-    return (
-        f"There is no {group} named {option!r}: {hint}There are {', '.join(options)}; a folder or hub id is "
-        f"given with {group}.path=…."
-    )
+    paths = {"target": "folder or hub id", "draft": "folder or hub id", "prompt_set": "file"}
+    own = f"; a {paths[group]} is given with {group}.path=…" if group in paths else ""
+    return f"There is no {group} named {option!r}: {hint}There are {', '.join(options)}{own}."
 
 
 def _one_sentence(error: Exception, overrides: list[str], known: list[str]) -> str:

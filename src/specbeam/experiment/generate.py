@@ -9,6 +9,7 @@ from specbeam.errors import InputError
 from specbeam.experiment.compose import nearest
 from specbeam.experiment.loaded import Models
 from specbeam.experiment.plan import (
+    check_debug,
     check_device_and_dtype,
     check_draft,
     check_text,
@@ -37,6 +38,7 @@ def generate(prompt: str, config: dict[str, Any], console: Console) -> int:
     check_device_and_dtype(config["device"], config["dtype"])
     with console.status("loading models"):
         models = Models(target, draft, config["device"], config["dtype"], same_vocabulary=method.same_vocabulary)
+    models.check((method,))
     rendered = models.render([prompt], config["system_prompt"])
     if config["debug"].get("render_input_text"):
         from specbeam.chat import show_rendered
@@ -69,9 +71,10 @@ def plan_answer(prompt: str, config: dict[str, Any]) -> PlannedMethod:
     check_whole("max_new_tokens", config["max_new_tokens"], 1)
     check_whole("seed", config["seed"], 0)
     check_text("system_prompt", config["system_prompt"])
+    check_debug(config["debug"])
     settings = {key: value for key, value in config.items() if key not in KEYS}
     for key in settings:
-        known = [*KEYS, *METHODS["speculative"].options, "draft_beams", *generation_options()]
+        known = [*KEYS, *METHODS["speculative"].options, *METHODS["speculative_beam"].options, *generation_options()]
         if key not in known:
             raise InputError(f"There is no key {key!r}{nearest(key, known)}: specbeam generate --help lists them.")
     return plan_method("", {"kind": config["method"], **settings}, config["max_new_tokens"])
@@ -79,8 +82,10 @@ def plan_answer(prompt: str, config: dict[str, Any]) -> PlannedMethod:
 
 def figures(method: PlannedMethod, trace: RowTrace, answer: Hypothesis) -> str:
     """New tokens, why it stopped, prefill and decode rate; for a method that drafts, how well that went."""
+    drafter, acceptance = method.options.get("drafter"), method.options.get("acceptance")
+    own = ", ".join(([drafter] if drafter else []) + (["typical acceptance: lossy"] if acceptance == "typical" else []))
     parts = [
-        method.kind,
+        f"{method.kind} ({own})" if own else method.kind,
         f"{len(answer.tokens)} new tokens ({answer.finish_reason})",
         f"prefill {trace.prefill_seconds:.2f} s",
     ]
@@ -91,5 +96,9 @@ def figures(method: PlannedMethod, trace: RowTrace, answer: Hypothesis) -> str:
     if drafted:
         committed = sum(r.committed for r in trace.rounds)
         parts.append(f"mean accepted length {committed / len(trace.rounds):.2f}")
-        parts.append(f"acceptance rate {sum(r.accepted for r in trace.rounds) / drafted:.2f}")
+        tree = any(r.parents and list(r.parents) != list(range(-1, r.drafted - 1)) for r in trace.rounds)
+        accepted = sum(r.accepted for r in trace.rounds) / drafted
+        parts.append(f"acceptance rate {accepted:.2f}" + " (of a tree's nodes)" * tree)
+    elif method.method.speculates and trace.rounds:
+        parts.append("nothing was proposed")
     return " · ".join(parts)

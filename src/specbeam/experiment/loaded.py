@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from specbeam.errors import InputError
+
 if TYPE_CHECKING:
     from specbeam.chat import RenderedBatch
     from specbeam.experiment.plan import PlannedMethod
@@ -36,6 +38,34 @@ class Models:
             )
             same_vocabulary = same_vocabulary or self.tokenizer.get_vocab() == self.draft_tokenizer.get_vocab()
         self.same_vocabulary = same_vocabulary
+
+    def check(self, methods: Sequence[PlannedMethod]) -> None:
+        """Raises InputError for settings that this target cannot serve, whatever the prompt."""
+        from specbeam.engine.support import adapt
+        from specbeam.experiment.plan import speculation_settings
+
+        for method in methods:
+            if method.kind != "speculative":
+                continue
+            settings, place = speculation_settings(method.options), f"methods.{method.label}: " if method.label else ""
+            try:
+                if settings.drafter == "early_exit":
+                    from specbeam.drafting.early_exit import exit_early
+
+                    exit_early(self.target, settings.exit_layer)
+                if settings.corpus is not None:
+                    from specbeam.corpus import read_corpus
+
+                    vocabulary = self.target.config.get_text_config(decoder=True).vocab_size
+                    read_corpus(settings.corpus, self.tokenizer, vocabulary)
+                context = adapt(self.target).context
+            except InputError as error:
+                raise InputError(f"{place}{error}") from None
+            if context is not None and settings.most_nodes >= context:
+                raise InputError(
+                    f"{place}a proposal may have {settings.most_nodes} nodes, but the target has a context of "
+                    f"{context} positions: give smaller branching, tree_nodes or draft_length."
+                )
 
     def generate(
         self, method: PlannedMethod, batch: RenderedBatch, seeds: list[int], **changes: Any

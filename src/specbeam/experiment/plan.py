@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -60,15 +60,15 @@ RESERVED = {
     "do_sample": "the kind decides whether it samples",
     "max_length": "use max_new_tokens",
     "num_assistant_tokens": "use draft_length",
-    "num_assistant_tokens_schedule": "the draft length is fixed: use draft_length",
-    "assistant_confidence_threshold": "the draft length is fixed: use draft_length",
+    "num_assistant_tokens_schedule": "use draft_length, a number or auto",
+    "assistant_confidence_threshold": "use confidence_threshold (of kind speculative)",
     "num_beam_groups": "group beam search is not among the methods",
     "diversity_penalty": "group beam search is not among the methods",
     "constraints": "constrained beam search is not among the methods",
     "force_words_ids": "constrained beam search is not among the methods",
     "penalty_alpha": "contrastive search is not among the methods",
     "dola_layers": "DoLa decoding is not among the methods",
-    "prompt_lookup_num_tokens": "prompt lookup is not among the methods",
+    "prompt_lookup_num_tokens": "use kind speculative with drafter: prompt_lookup",
     "is_assistant": "the draft has its own config",
     "use_cache": "every method uses a cache",
     "low_memory": "beams already share one cache",
@@ -82,6 +82,14 @@ RESERVED = {
 # option → (type, smallest, whether the smallest itself is allowed, largest)
 RANGES: dict[str, tuple[type, float, bool, float]] = {
     "draft_length": (int, 1, True, float("inf")),
+    "confidence_threshold": (float, 0, True, 1),
+    "tree_nodes": (int, 0, True, float("inf")),
+    "tree_width": (int, 1, True, float("inf")),
+    "ngram": (int, 1, True, float("inf")),
+    "branches": (int, 1, True, float("inf")),
+    "min_match": (int, 1, True, float("inf")),
+    "exit_layer": (int, 1, True, float("inf")),
+    "draft_beams": (int, 1, True, float("inf")),
     "max_new_tokens": (int, 1, True, float("inf")),
     "min_new_tokens": (int, 0, True, float("inf")),
     "num_beams": (int, 1, True, float("inf")),
@@ -191,8 +199,7 @@ def make_plan(config: dict[str, Any]) -> Plan:
         raise InputError(
             f"wandb.mode is {mode!r}{nearest(str(mode), list(WANDB_MODES))}: use one of {', '.join(WANDB_MODES)}."
         )
-    if not isinstance(config["debug"].get("render_input_text"), bool):
-        raise InputError(f"debug.render_input_text is {config['debug'].get('render_input_text')!r}: use true or false.")
+    check_debug(config["debug"])
     methods = plan_methods(config.get("methods"), config.get("only"), config["max_new_tokens"])
     target = model_path(config, "target")
     if target is None:
@@ -223,7 +230,8 @@ def check_keys(config: dict[str, Any]) -> None:
 
 
 def plan_methods(methods: Any, only: Any, max_new_tokens: int) -> tuple[PlannedMethod, ...]:
-    """The methods to run, in the config's order. Every method is checked, also one that `only` leaves out."""
+    """The methods to run, in the order of `only`, else of the config. Every method is checked, also one that `only`
+    leaves out."""
     if not isinstance(methods, dict) or not methods:
         raise InputError("methods is empty: name at least one, for example 'methods.greedy={kind: greedy}'.")
     planned = [plan_method(str(label), settings, max_new_tokens) for label, settings in methods.items()]
@@ -239,20 +247,21 @@ def plan_methods(methods: Any, only: Any, max_new_tokens: int) -> tuple[PlannedM
                 f"only names {label!r}, which is no label of methods{nearest(str(label), labels)}: "
                 f"there are {', '.join(labels)}."
             )
-    return tuple(method for method in planned if method.label in wanted)
+    return tuple(planned[labels.index(label)] for label in dict.fromkeys(wanted))
 
 
 def plan_method(label: str, settings: Any, max_new_tokens: int) -> PlannedMethod:
     """One entry of `methods`, or (label "") what `specbeam generate` was given."""
-    place = f"methods.{label}" if label else "method"
+    place = f"methods.{label}." if label else ""  # what an option's name begins with
     if not isinstance(settings, dict):
-        raise InputError(f"{place} is {settings!r}, but settings are wanted, for example {{kind: greedy}}.")
+        raise InputError(f"methods.{label} is {settings!r}, but settings are wanted, for example {{kind: greedy}}.")
     kind = settings.get("kind")
     if kind is None:
-        raise InputError(f"{place} has no kind: use one of {', '.join(METHODS)}.")
+        raise InputError(f"methods.{label} has no kind: use one of {', '.join(METHODS)}.")
     if kind not in METHODS:
         raise InputError(
-            f"{place}.kind is {kind!r}{nearest(str(kind), list(METHODS))}: use one of {', '.join(METHODS)}."
+            f"{f'{place}kind' if label else 'method'} is {kind!r}{nearest(str(kind), list(METHODS))}: "
+            f"use one of {', '.join(METHODS)}."
         )
     method = METHODS[kind]
     options = {
@@ -261,80 +270,132 @@ def plan_method(label: str, settings: Any, max_new_tokens: int) -> PlannedMethod
     }
     for name, value in options.items():
         check_option_name(place, kind, method, name)
-        check_option_value(place, name, value)
+        check_option_value(place, kind, name, value)
     if method.family == "sample" and options.get("temperature") == 0:
-        raise InputError(f"{place}.temperature is 0, but {kind} samples: give a number above 0, or use a greedy kind.")
+        raise InputError(f"{place}temperature is 0, but {kind} samples: give a number above 0, or use a greedy kind.")
     beams = options.get("num_beams") or DEFAULT_BEAMS
     returned = options.get("num_return_sequences") or 1
     if method.family == "beam" and returned > beams:
         raise InputError(
-            f"{place}.num_return_sequences is {returned}, but num_beams is {beams}: there are only as "
+            f"{place}num_return_sequences is {returned}, but num_beams is {beams}: there are only as "
             "many hypotheses as beams."
         )
     if kind == "speculative":
         check_speculation(place, options)
+    if kind == "speculative_beam" and (options.get("draft_beams") or beams) < beams:
+        raise InputError(
+            f"{place}draft_beams is {options['draft_beams']}, but num_beams is {beams}: the draft's search must be at "
+            "least as wide as the target's."
+        )
+    if method.speculates and method_family(kind, options) == "greedy":
+        check_greedy(place, options)
     # null says "as the target's own generation_config": the same as leaving it out
     return PlannedMethod(label, kind, {name: value for name, value in options.items() if value is not None}, method)
 
 
 def check_speculation(place: str, options: dict[str, Any]) -> None:
     """Drafter, tree and acceptance rule fit together; the draft itself is checked by `check_draft`."""
+    branching = options.get("branching")
+    if branching is not None and not (isinstance(branching, list) and branching):
+        raise InputError(f"{place}branching is {branching!r}: give children per depth, as in [3,2,1,1].")
+    for name in ("acceptance", "corpus", "costs"):
+        check_text(f"{place}{name}", options.get(name))
+    if options.get("drafter", "draft_model") not in DRAFTERS:
+        near = nearest(str(options["drafter"]), list(DRAFTERS))
+        raise InputError(f"{place}drafter is {options['drafter']!r}{near}: use one of {', '.join(DRAFTERS)}.")
+    here = object()  # tokenizers and draft come with the models
+    settings = speculation_settings(options, tokenizer=here, draft_tokenizer=here)
+    try:
+        settings.check(here)
+    except InputError as error:
+        raise InputError(f"{place}{error}") from None
+    try:
+        if settings.corpus is not None:
+            check_corpus(settings.corpus)
+        if settings.costs is not None:
+            from specbeam.drafting.length import read_costs
+
+            read_costs(settings.costs)
+    except InputError as error:
+        raise InputError(f"{place}{error}") from None
+
+
+def speculation_settings(options: dict[str, Any], **more: Any) -> Settings:
+    """The options of a method of kind speculative, as its drafters take them."""
     names = [name for name in Settings.__dataclass_fields__ if options.get(name) is not None]
     chosen: dict[str, Any] = {name: options[name] for name in names}
     chosen = {name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()}
-    if "branching" in chosen and not isinstance(chosen["branching"], tuple):
-        raise InputError(f"{place}.branching is {chosen['branching']!r}: give children per depth, as in [3,2,1,1].")
-    if options.get("drafter", "draft_model") not in DRAFTERS:
-        near = nearest(str(options["drafter"]), list(DRAFTERS))
-        raise InputError(f"{place}.drafter is {options['drafter']!r}{near}: use one of {', '.join(DRAFTERS)}.")
-    here = object()  # tokenizers and draft come with the models
-    try:
-        Settings(**(chosen | {"tokenizer": here, "draft_tokenizer": here})).check(here)
-    except TypeError:
-        raise InputError(f"{place} has an option of the wrong type: {chosen}.") from None
-    except InputError as error:
-        raise InputError(f"{place}.{error}") from None
+    return Settings(**(chosen | more))
+
+
+def check_greedy(place: str, options: dict[str, Any]) -> None:
+    """Options that only matter when a speculative method samples."""
+    for name in (*SAMPLING_OPTIONS, "acceptance"):
+        value = options.get(name)
+        if name != "temperature" and value is not None and value != Settings.acceptance:
+            raise InputError(
+                f"{place}{name} is {value!r}, which has no effect at temperature 0 (greedy): leave it out, or give a "
+                "temperature above 0."
+            )
 
 
 def check_option_name(place: str, kind: str, method: Method, name: str) -> None:
     if name in method.options or name == "max_new_tokens":
         return
     if name in RESERVED:
-        raise InputError(f"{place}.{name} cannot be set: {RESERVED[name]}.")
+        raise InputError(f"{place}{name} cannot be set: {RESERVED[name]}.")
     if name == "draft_length":
-        raise InputError(f"{place}.draft_length has no effect: {kind} does not draft.")
-    if name in SAMPLING_OPTIONS and method.family != "sample" and not method.speculates:
+        raise InputError(f"{place}draft_length has no effect: {kind} does not draft.")
+    if name in SAMPLING_OPTIONS and method.family != "sample" and not (
+        method.speculates and method.family == "greedy"
+    ):
         sampling = ", ".join(other for other, row in METHODS.items() if row.family == "sample")
-        raise InputError(f"{place}.{name} has no effect: {kind} does not sample; the kinds {sampling} do.")
+        raise InputError(f"{place}{name} has no effect: {kind} does not sample; the kinds {sampling} do.")
     if name in BEAM_OPTIONS and method.family != "beam":
         beams = ", ".join(other for other, row in METHODS.items() if row.family == "beam")
-        raise InputError(f"{place}.{name} has no effect: {kind} keeps one hypothesis; the kinds {beams} keep more.")
+        raise InputError(f"{place}{name} has no effect: {kind} keeps one hypothesis; the kinds {beams} keep more.")
     if name == "num_return_sequences" and method.family != "beam":
-        raise InputError(f"{place}.num_return_sequences has no effect: {kind} gives one answer; use more repeats.")
+        raise InputError(f"{place}num_return_sequences has no effect: {kind} gives one answer; use more repeats.")
     known = [*method.options, *(option for option in generation_options() if option not in RESERVED)]
     if name not in known:
         raise InputError(
-            f"{place}.{name} is no option of {kind}{nearest(name, known)}: options are "
+            f"{place}{name} is no option of {kind}{nearest(name, known)}: options are "
             f"{', '.join(method.options) + ' and ' if method.options else ''}"
             "the names of transformers' GenerationConfig."
         )
 
 
-def check_option_value(place: str, name: str, value: Any) -> None:
+def check_corpus(path: str) -> None:
+    """Raises InputError for a corpus that cannot be read; ids and spelling are checked when the target is there."""
+    from specbeam.corpus import read_corpus
+
+    class AnyTokenizer:
+        def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+            return [0] if text else []
+
+    read_corpus(path, AnyTokenizer(), 1 << 31)
+
+
+def check_option_value(place: str, kind: str, name: str, value: Any) -> None:
     if value is None:
         return
+    if name == "stop_strings":
+        strings = [value] if isinstance(value, str) else value
+        if not (isinstance(strings, list) and strings and all(isinstance(one, str) and one for one in strings)):
+            raise InputError(f"{place}stop_strings is {value!r}: give a string or a list of strings, none empty.")
     if name == "early_stopping" and not (isinstance(value, bool) or value == "never"):
-        raise InputError(f"{place}.early_stopping is {value!r}: use true, false or never.")
-    if name not in RANGES or (name == "draft_length" and value == "auto"):
+        raise InputError(f"{place}early_stopping is {value!r}: use true, false or never.")
+    adapts = name == "draft_length" and kind in ("speculative", "speculative_beam")
+    if name not in RANGES or (adapts and value == "auto"):
         return
-    kind, low, closed, high = RANGES[name]
-    number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+    number_type, low, closed, high = RANGES[name]
+    number = isinstance(value, int if number_type is int else (int, float)) and not isinstance(value, bool)
     if number and (low < value <= high or (closed and value == low)):
         return
-    what = "a whole number" if kind is int else "a number"
+    what = f"{'auto or ' * adapts}{'a whole number' if number_type is int else 'a number'}"
     above = "" if low == float("-inf") else f" {'of at least' if closed else 'above'} {low:g}"
     below = "" if high == float("inf") else f" and at most {high:g}"
-    raise InputError(f"{place}.{name} is {value!r}: give {what}{above}{below}.")
+    raise InputError(f"{place}{name} is {value!r}: give {what}{above}{below}.")
 
 
 def check_whole(name: str, value: Any, least: int, otherwise: str = "") -> None:
@@ -369,11 +430,23 @@ def check_draft(methods: tuple[PlannedMethod, ...], target: str, draft: str | No
         without = (
             f"leave the speculative methods out with 'only=[{','.join(plain)}]'" if plain else "choose another method"
         )
+        they = f"{in_words([label or 'this method' for label in speculative])} need{'s' * (len(speculative) == 1)}"
         raise InputError(
-            f"{' and '.join(speculative)} need a draft model, and {target} has none: give one of the same "
-            f"vocabulary with draft.path=<folder or hub id>, or {without}."
+            f"{they} a draft model, and {target} has none: give one of the same vocabulary with draft.path=<folder or "
+            f"hub id>, use another drafter (drafter: prompt_lookup), or {without}."
         )
     return draft
+
+
+def in_words(names: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def check_debug(debug: Any) -> None:
+    shown = debug.get("render_input_text") if isinstance(debug, dict) else debug
+    if not isinstance(shown, bool):
+        raise InputError(f"debug.render_input_text is {shown!r}: use true or false.")
 
 
 def check_device_and_dtype(device: Any, dtype: Any) -> None:

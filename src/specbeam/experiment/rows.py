@@ -116,6 +116,7 @@ def trace_of(
 ) -> dict[str, Any]:
     """A line of trace.jsonl; the probabilities are filled in when the timed part is over."""
     trace, hypotheses = output.trace[index], output.hypotheses[index]
+    one_text = hypotheses[0].beams is None  # the proposals of a beam search are steps of all its beams, not tokens
 
     def pieces(tokens: Iterable[int]) -> list[str]:
         return [tokenizer.decode([token]) for token in tokens]
@@ -136,8 +137,11 @@ def trace_of(
                 "accepted": r.accepted,
                 "committed": r.committed,
                 "seconds": r.seconds,
-                "proposed": list(r.proposed),
-                "proposed_pieces": pieces(r.proposed),
+                "proposed": list(r.proposed) if one_text else [],
+                "proposed_pieces": pieces(r.proposed) if one_text else [],
+                "parents": list(r.parents) if one_text else [],
+                "drafter": r.drafter,
+                "why": r.why,
             }
             for r in trace.rounds
         ],

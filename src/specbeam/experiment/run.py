@@ -51,6 +51,7 @@ def compare(config: dict[str, Any], command: list[str], console: Console) -> int
     with console.status("loading models"):
         same = any(method.same_vocabulary for method in plan.methods)
         models = Models(plan.target, plan.draft, config["device"], config["dtype"], same_vocabulary=same)
+    models.check(plan.methods)
     # Only now, when nothing can be refused any more, something is written.
     resolved = resolve(plan, models)
     folder = folder or records.new_folder(Path("outputs/compare"))
@@ -269,7 +270,8 @@ def show_inputs(
         except Exception as error:  # its rows will say so
             console.print(f"prompt {prompt.id}: {one_line(error)}", highlight=False, markup=False)
             continue
-        title = f"prompt {prompt.id}, turn {cell.turn + 1}: what {reader} reads"
+        turn = f", turn {cell.turn + 1}" if prompt.answers > 1 else ""
+        title = f"prompt {prompt.id}{turn}: what {reader} reads"
         show_rendered(models.tokenizer, rendered, title, console)
 
 

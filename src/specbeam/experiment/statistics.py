@@ -23,6 +23,7 @@ from specbeam.metrics.speed import (
     batch_seconds,
     decode_rate,
     decode_tokens,
+    drafts_trees,
     mean_accepted_length,
 )
 
@@ -167,6 +168,8 @@ def _figures(
         "mean_accepted_length": _finite(accepted_length),
         "acceptance_rate": _finite(acceptance_rate(rows)),
         "acceptance_by_position": acceptance_by_position(rows),
+        "trees": drafts_trees(rows),
+        "lossy": settings.get("acceptance") == "typical",
         "identical_to": {},
         "prefill_seconds": _finite(float(np.median(prefill)) if prefill else None),
         "draft_share": _share(rows, "draft_seconds", seconds),
@@ -185,7 +188,8 @@ def _figures(
 
 
 def _speedup(ours: Sequence[Row], theirs: Sequence[Row], seed: int) -> dict[str, Any]:
-    """median, low, high and geometric_mean over units; `pairs` prompts counted, `left_out` had no pair of rates."""
+    """median, low, high and geometric_mean over units; `pairs` prompts counted in `units` (batches),
+    `left_out` had no pair of rates."""
     rates = _paired_rates(ours, theirs)
     every = {_prompt(row) for row in (*ours, *theirs)}
     pairs = sum(size for size, _ in rates)
@@ -195,6 +199,7 @@ def _speedup(ours: Sequence[Row], theirs: Sequence[Row], seed: int) -> dict[str,
         "high": None,
         "geometric_mean": None,
         "pairs": pairs,
+        "units": len(rates),
         "left_out": len(every) - pairs,
     }
     if not rates:

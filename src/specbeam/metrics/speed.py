@@ -47,6 +47,12 @@ def acceptance_rate(rows: Sequence[Row]) -> float | None:
     return sum(row["accepted"] for row in rows) / drafted if drafted else None
 
 
+def drafts_trees(rows: Iterable[Row]) -> bool:
+    """Whether a round proposed more tokens than its path is long, so that they cannot all be accepted."""
+    return any((row["drafted"] or 0) > sum(proposed for proposed, _ in row.get("accepted_by_position") or [])
+               for row in rows)
+
+
 def acceptance_by_position(rows: Sequence[Row]) -> list[float]:
     """Of the i-th proposals of all rounds, the part that was accepted; as long as the longest draft."""
     drafted: list[int] = []

@@ -48,7 +48,12 @@ def _sentence(name: str, own: Mapping[str, Mapping[str, Any]], use: str) -> str:
     figures = own[best]
     speedups = {baseline: one for baseline, one in figures["speedup"].items() if one.get("median") is not None}
     if not speedups:
-        return f"{best} is fastest of the {name} methods, at {rate(figures)} tokens a second."
+        others = [label for label in own if label != best]
+        second = max(others, key=lambda label: own[label]["decode_tokens_per_second"])
+        against = own[second]["speedup"].get(best) or {}
+        behind = f"{interval(against)} × {best}" if against.get("median") else f"{rate(own[second])} tokens a second"
+        return (f"{use} {best}: at {rate(figures)} tokens a second it is the fastest of the {name} methods; next is "
+                f"{second} with {behind}.")
     if all(no_difference(one) for one in speedups.values()):
         found = " and ".join(f"{interval(one)} × {baseline}" for baseline, one in speedups.items())
         return (f"{best} is fastest of the {name} methods, at {rate(figures)} tokens a second, but not beyond doubt: "

@@ -15,7 +15,7 @@ from specbeam.errors import InputError
 from specbeam.report import charts
 from specbeam.report.answer import answers
 from specbeam.report.escape import escape, script_json
-from specbeam.report.outputs import outputs_section, tokens_data
+from specbeam.report.outputs import outputs_section, source_letters, speculated, tokens_data
 from specbeam.report.tables import environment_section, phases, summary_table
 from specbeam.report.terminal import footnotes
 
@@ -76,14 +76,20 @@ def _page(summary: dict[str, Any], rows: list[dict[str, Any]], traces: list[dict
 
 
 def _tokens(traces: list[dict[str, Any]]) -> str:
-    if not any("draft" in trace.get("sources", ()) for trace in traces):
+    if not any(map(speculated, traces)):
         return ""
-    return ('<p class="legend">A token of the answer was <span class="t d">drafted and accepted</span>, '
+    seen = {source for trace in traces for source in trace.get("sources", ())}
+    drafters = {source: letter for source, letter in source_letters(traces).items()
+                if letter not in "pcb" and source in seen}
+    names = {source: "drafted" if source == "draft" else f"proposed by {source}" for source in drafters}
+    drafted = ", ".join(f'<span class="t {letter}">{escape(names[source])}{"" if number else " and accepted"}</span>'
+                        for number, (source, letter) in enumerate(drafters.items()))
+    return (f'<p class="legend">A token of the answer was {drafted}{", " if drafted else ""}'
             '<span class="t c">the target’s correction</span>, '
-            '<span class="t b">a bonus token behind an accepted draft</span>, or '
+            '<span class="t b">a bonus token behind an accepted proposal</span>, or '
             '<span class="t p">decoded plainly</span>. <span class="t x">Struck out</span>: proposed and rejected. '
-            'Hover for round and probabilities; below each answer, its rounds by time, deep blue where the whole '
-            'draft was accepted.</p><div id="token-view"></div>'
+            'Hover for round and probabilities; below each answer, its rounds by time, deep blue where '
+            'everything down one path was accepted, orange where nothing was.</p><div id="token-view"></div>'
             '<noscript><p>The coloured tokens are drawn by a script; the outputs below are not.</p></noscript>')
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from specbeam.report.escape import escape
 
 Methods = Mapping[str, Mapping[str, Any]]
+MOST_LINES = 6  # of one chart
 
 
 def speed_against_quality(methods: Methods, quality: str, title: str, better: str) -> str:
@@ -16,7 +17,7 @@ def speed_against_quality(methods: Methods, quality: str, title: str, better: st
     points = [(figures["decode_tokens_per_second"], figures[quality], label, figures["kind"])
               for label, figures in methods.items()
               if figures.get("decode_tokens_per_second") and figures.get(quality) is not None]
-    if len(points) < 2:
+    if len(points) < 2 or len({round(point[1], 2) for point in points}) == 1:  # then the table says it all
         return ""
     width, height, left, bottom = 520, 300, 52, 40
     xs, ys = _ticks(0, max(p[0] for p in points)), _ticks(min(p[1] for p in points), max(p[1] for p in points))
@@ -61,8 +62,12 @@ def speedups(methods: Methods, baselines: Sequence[str]) -> str:
         return left + math.log(value / low) / math.log(high / low) * (width - left - right)
 
     steps = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+    shown = [1.0]  # ticks with room for their labels, from 1 × outward
+    for tick in sorted((tick for tick in steps if low <= tick <= high), key=lambda tick: abs(math.log(tick))):
+        if all(abs(x(tick) - x(other)) >= 38 for other in shown):
+            shown.append(tick)
     parts = [_line(x(tick), 8, x(tick), height - 24, "one" if tick == 1 else "grid")
-             + _text(x(tick), height - 8, f"{tick:g} ×", "tick middle") for tick in steps if low <= tick <= high]
+             + _text(x(tick), height - 8, f"{tick:g} ×", "tick middle") for tick in shown]
     for number, (label, baseline, one) in enumerate(lines):
         y = 22 + row * number
         css = "peer" if methods[label]["kind"].startswith("transformers_") else "ours"
@@ -83,6 +88,8 @@ def acceptance(methods: Methods) -> str:
              if figures.get("acceptance_by_position")]
     if not lines:
         return ""
+    if len(lines) > MOST_LINES:
+        return _acceptance_table(lines)
     width, height, left, bottom, right = 520, 260, 52, 40, 150
     longest = max(len(rates) for _, rates in lines)
 
@@ -107,6 +114,18 @@ def acceptance(methods: Methods) -> str:
                      f'{_line(x(len(rates) - 1) + 6, y(rates[-1]), width - right + 6, end - 4, "leader")}'
                      f'{_text(width - right + 10, end, _cut(label), "label")}</g>')
     return _svg(width, height, "Acceptance by position", parts)
+
+
+def _acceptance_table(lines: Sequence[tuple[str, Sequence[float]]]) -> str:
+    """More methods than lines can be told apart: a table, shaded by the rate."""
+    longest = max(len(rates) for _, rates in lines)
+    head = "".join(f'<th scope="col">{i + 1}</th>' for i in range(longest))
+    body = "".join(
+        f'<tr><th scope="row">{escape(label)}</th>'
+        + "".join(f'<td style="--share:{rate:.0%}">{rate:.0%}</td>' for rate in rates)
+        + "<td></td>" * (longest - len(rates)) + "</tr>" for label, rates in lines)
+    return ('<div class="wide"><table class="heat"><thead><tr><th>accepted, by position of the proposal</th>'
+            f"{head}</tr></thead><tbody>{body}</tbody></table></div>")
 
 
 def _label_places(points: Sequence[tuple[float, float, str]], frame: tuple[float, float, float, float]

@@ -11,7 +11,8 @@ T = TypeVar("T")
 # The page stays below 1 MB: what does not fit is left out, and the page says so.
 OUTPUT_BYTES, TOKEN_BYTES = 420_000, 420_000
 _ENDINGS = {"eos": "an end token", "stop": "a stop string", "length": "the length limit"}
-_SOURCE = {"draft": "d", "correction": "c", "bonus": "b", "plain": "p"}
+_SOURCE = {"plain": "p", "correction": "c", "bonus": "b", "draft": "d"}
+_MORE_SOURCES = "efghijk"  # drafters by other names, in order of appearance; report.css has a colour for each
 
 
 def outputs_section(rows: Iterable[Mapping[str, Any]], prompts: Mapping[str, Mapping[str, Any]],
@@ -124,28 +125,44 @@ def _common(ours: str, theirs: str) -> int:
 def tokens_data(traces: Sequence[Mapping[str, Any]], prompts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """What the token view draws: for each prompt its answers' pieces, sources, rounds and probabilities.
 
-    Only prompts that some method speculated on; as many as fit, `left_out` counts the others.
+    Only prompts that some method speculated on; as many as fit, `left_out` counts the others. `sources` says which
+    letter stands for which source.
     """
+    letters = source_letters(traces)
     by_prompt: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
     for trace in traces:
         by_prompt.setdefault((trace["prompt_id"], trace["turn"]), []).append(trace)
     wanted = {key: own for key, own in _turns_together(by_prompt)
-              if any("draft" in trace["sources"] for trace in own)}
+              if any(map(speculated, own))}
     shown: list[dict[str, Any]] = []
     size = 0
     for (prompt_id, turn), own in wanted.items():
         turns = (prompts.get(prompt_id) or {}).get("turns") or []
         asked = visible(turns[turn] if turn < len(turns) else _conversation(prompts.get(prompt_id) or {}))[:400]
-        answers = [_answer(trace) for trace in own if "beam" not in trace["kind"]]
+        answers = [_answer(trace, letters) for trace in own if "beam" not in trace["kind"]]
         size += sum(map(_cost, answers)) + len(asked.encode())
         if size > TOKEN_BYTES and shown:
             break
         shown.append({"name": visible(prompt_id) + (f", turn {turn + 1}" if turn else ""), "prompt": asked,
                       "answers": answers})
-    return {"prompts": shown, "left_out": len(wanted) - len(shown)}
+    names = {letter: visible(source) for source, letter in letters.items()}
+    return {"prompts": shown, "left_out": len(wanted) - len(shown), "sources": names}
 
 
-def _answer(trace: Mapping[str, Any]) -> dict[str, Any]:
+def speculated(trace: Mapping[str, Any]) -> bool:
+    """Whether anything was proposed to this answer (beams propose steps, not tokens of one text)."""
+    return "beam" not in trace["kind"] and any(one["drafted"] for one in trace["rounds"])
+
+
+def source_letters(traces: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Source of a token → the letter (and css class) that stands for it: d the draft model, further drafters e, f, …"""
+    seen = dict.fromkeys(source for trace in traces if speculated(trace) for source in trace.get("sources", ()))
+    others = [source for source in seen if source not in _SOURCE]
+    last = len(_MORE_SOURCES) - 1
+    return _SOURCE | {source: _MORE_SOURCES[min(i, last)] for i, source in enumerate(others)}
+
+
+def _answer(trace: Mapping[str, Any], letters: Mapping[str, str]) -> dict[str, Any]:
     def percent(values: Sequence[float] | None) -> list[float] | None:
         return None if values is None else [round(100 * value, 1) if value < 0.1 else round(100 * value)
                                             for value in values]
@@ -153,23 +170,45 @@ def _answer(trace: Mapping[str, Any]) -> dict[str, Any]:
     answer: dict[str, Any] = {
         "method": visible(trace["method"]),
         "pieces": [visible(piece) for piece in trace["pieces"]],
-        "sources": "".join(_SOURCE.get(source, "p") for source in trace["sources"]),
+        "sources": "".join(letters.get(source, "p") for source in trace["sources"]),
         "rounds": list(trace["token_rounds"]),
         "target": percent(trace.get("target_probability")),
     }
-    if "draft" in trace["sources"]:
+    if speculated(trace):
         answer["draft"] = percent(trace.get("draft_probability"))
-        # [drafted, accepted, milliseconds, rejected proposals]
-        answer["steps"] = [[one["drafted"], one["accepted"], round(1000 * one["seconds"], 2),
-                            [visible(piece) for piece in one.get("proposed_pieces", [])[one["accepted"]:]]]
-                           for one in trace["rounds"]]
+        answer["steps"] = _steps(trace)
     else:
         answer["milliseconds"] = [round(1000 * one["seconds"], 2) for one in trace["rounds"]]
     return answer
 
 
+def _steps(trace: Mapping[str, Any]) -> list[list[Any]]:
+    """Of each round: drafted, accepted, milliseconds, what stood in the place of the correction (of a chain: all that
+    was rejected), whether it was a tree, and why it was as long as it was."""
+    tokens: dict[int, list[int]] = {}
+    for token, number in zip(trace["tokens"], trace["token_rounds"], strict=True):
+        tokens.setdefault(number, []).append(token)
+    steps = []
+    for number, one in enumerate(trace["rounds"], start=1):
+        proposed, pieces = one.get("proposed") or [], one.get("proposed_pieces") or []
+        chain = list(range(-1, len(proposed) - 1))
+        parents = one.get("parents") or chain
+        if tree := parents != chain:
+            end = -1
+            for token in tokens.get(number, [])[:one["accepted"]]:
+                end = next((i for i, parent in enumerate(parents) if parent == end and proposed[i] == token), end)
+            rejected = [piece for piece, parent in zip(pieces, parents, strict=True) if parent == end]
+        else:
+            rejected = pieces[one["accepted"]:]
+        shown = [visible(piece).replace("\n", "↵") for piece in rejected]
+        steps.append([one["drafted"], one["accepted"], round(1000 * one["seconds"], 2), shown, int(tree),
+                      visible(one.get("why") or "")])
+    return steps
+
+
 def _cost(answer: Mapping[str, Any]) -> int:
     """About its bytes as JSON."""
     pieces = sum(len(piece.encode()) + 4 for piece in answer["pieces"])
-    steps = sum(24 + sum(len(piece.encode()) + 4 for piece in step[3]) for step in answer.get("steps", ()))
+    steps = sum(28 + len(step[5]) + sum(len(piece.encode()) + 4 for piece in step[3])
+                for step in answer.get("steps", ()))
     return 120 + pieces + steps + len(answer["pieces"]) * 12 + 6 * len(answer.get("milliseconds", ()))

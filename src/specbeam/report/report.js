@@ -3,6 +3,7 @@
   const view = document.getElementById("token-view");
   const data = JSON.parse(document.getElementById("data").textContent);
   const SOURCES = { d: "drafted, accepted", c: "the target's correction", b: "bonus token", p: "decoded plainly" };
+  const source = (letter) => SOURCES[letter] || `proposed by ${data.sources[letter]}, accepted`;
 
   addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((one) => { one.open = true; }));
   if (!view || !data.prompts.length) return;
@@ -37,26 +38,30 @@
 
   const percent = (values, i) => (values && values[i] !== null && values[i] !== undefined ? `${values[i]} %` : null);
 
+  const describe = ([drafted, accepted, milliseconds, , tree, why]) => (drafted === 0 ? "nothing proposed"
+    : tree ? `a path of ${accepted} accepted in a tree of ${drafted} nodes` : `${accepted} of ${drafted} proposals accepted`)
+    + `, ${milliseconds} ms` + (why && why !== "length" ? `\nproposal ended by: ${why}` : "");
+
   function tokens(answer) {
     const line = make("p");
     line.dir = "auto";
     let round = null;
     answer.pieces.forEach((piece, i) => {
-      const source = answer.sources[i];
+      const letter = answer.sources[i];
       const now = answer.rounds[i];
       const step = answer.steps && now > 0 ? answer.steps[now - 1] : null;
-      if (step && source === "c") {
+      if (step && letter === "c") {
         step[3].forEach((piece) => {
-          const rejected = make("span", "t x", piece);
-          rejected.dataset.tip = `proposed in round ${now}, rejected`;
+          const rejected = make("span", step[4] ? "t x w" : "t x", piece);
+          rejected.dataset.tip = `proposed in round ${now}${step[4] ? " for this place" : ""}, rejected`;
           line.append(rejected);
         });
       }
       const starts = answer.steps && now !== round && i > 0;
-      const token = make("span", `t ${source}${starts ? " n" : ""}`, piece);
+      const token = make("span", `t ${letter}${starts ? " n" : ""}`, piece);
       const where = now === 0 ? "prefill" : `round ${now}`;
-      const lines = [`token ${i + 1}: ${SOURCES[source]}, ${where}`];
-      if (step) lines.push(`${step[1]} of ${step[0]} proposals accepted, ${step[2]} ms`);
+      const lines = [`token ${i + 1}: ${source(letter)}, ${where}`];
+      if (step) lines.push(describe(step));
       if (percent(answer.target, i)) lines.push(`target's probability ${percent(answer.target, i)}`);
       if (percent(answer.draft, i)) lines.push(`draft's probability ${percent(answer.draft, i)}`);
       token.dataset.tip = lines.join("\n");
@@ -70,13 +75,14 @@
   function timeline(answer, longest) {
     const steps = answer.steps ? answer.steps.map((one) => one[2]) : answer.milliseconds;
     const total = steps.reduce((sum, one) => sum + one, 0);
+    const whole = new Set(answer.rounds.filter((_, i) => answer.sources[i] === "b"));
     const bar = make("div", "timeline");
     bar.style.width = `${Math.max(1, (100 * total) / longest)}%`;
     steps.forEach((milliseconds, i) => {
       const step = answer.steps && answer.steps[i];
-      const part = make("span", step ? (step[1] === 0 ? "k0" : step[1] < step[0] ? "k1" : "k2") : "");
+      const part = make("span", step && step[0] ? (step[1] === 0 ? "k0" : step[1] === step[0] || whole.has(i + 1) ? "k2" : "k1") : "");
       part.style.flex = `${Math.max(milliseconds, 0.001)} 1 0`;
-      part.dataset.tip = step ? `round ${i + 1}: ${step[1]} of ${step[0]} accepted, ${milliseconds} ms`
+      part.dataset.tip = step ? `round ${i + 1}: ${describe(step)}`
         : `step ${i + 1}: ${milliseconds} ms`;
       bar.append(part);
     });

@@ -10,7 +10,7 @@ import yaml
 
 from specbeam.report.answer import interval, no_difference, rate
 from specbeam.report.escape import escape
-from specbeam.report.terminal import same_output, speedup_over
+from specbeam.report.terminal import phase_shares, same_output, speedup_over
 
 Methods = Mapping[str, Mapping[str, Any]]
 
@@ -30,7 +30,7 @@ def summary_table(methods: Methods) -> str:
         ("new tokens", lambda f: _number(f.get("new_tokens"), ",d")),
         ("failed rows", lambda f: _number(f.get("failed"), "d")),
     ]
-    columns = [column for column in columns if any(column[1](f) != "–" for f in methods.values())]
+    columns = [column for column in columns if any(column[1](f) not in ("–", "0") for f in methods.values())]
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name, _ in columns)
     body = ""
     for label, figures in methods.items():
@@ -46,11 +46,10 @@ def phases(methods: Methods) -> str:
     """Parts of decode time spent drafting, verifying, and on the rest, as bars."""
     rows = ""
     for label, figures in methods.items():
-        draft, verify = figures.get("draft_share"), figures.get("verify_share")
-        if verify is None:
+        shares = phase_shares(figures)
+        if shares is None:
             continue
-        draft = draft or 0.0
-        rest = max(0.0, 1 - draft - verify)
+        draft, verify, rest = shares
         bars = "".join(f'<span class="{css}" style="width:{share:.2%}" title="{name} {share:.1%}"></span>'
                        for css, name, share in (("d", "drafting", draft), ("v", "target forwards", verify),
                                                 ("r", "the rest", rest)) if share)

@@ -12,22 +12,23 @@ if TYPE_CHECKING:
 
 # Kinds of the second baseline; those without it are our own engine's.
 PEER = "transformers_"
+FEW = 6  # units: the range of fewer holds the median less often than 95 times in 100
 Cell = Callable[[Mapping[str, Any]], str]
 
 
 def print_table(summary: Mapping[str, Any], console: Console) -> None:
-    """One line a method; the answer and footnotes under it. Intervals are shown where the console is wide enough (about
-    115 columns), and columns that no method has a figure for are left out."""
+    """One line a method; the answer and footnotes under it. Where time goes is shown in about 130 columns, intervals in
+    about 115; a file or a pipe has no edge. Columns that no method has a figure for are left out."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     methods: Mapping[str, Mapping[str, Any]] = summary.get("methods") or {}
-    for intervals in (True, False):
-        columns = _columns(methods, intervals)
+    for intervals, phases in ((True, True), (True, False), (False, True), (False, False)):
+        columns = _columns(methods, intervals, phases)
         cells = {label: [cell(figures) for _, cell in columns] for label, figures in methods.items()}
         needed = _width(columns, cells)
-        if needed <= console.width:
+        if needed <= console.width or not console.is_terminal:
             break
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     table.add_column("method", no_wrap=True, vertical="bottom")
@@ -38,7 +39,7 @@ def print_table(summary: Mapping[str, Any], console: Console) -> None:
                   for (heading, _), text in zip(columns, cells[label], strict=True)]
         table.add_row(Text(label), *styled)
     if needed > console.width and not console.is_terminal:
-        console.width = needed  # a file or a pipe has no edge
+        console.width = needed
     console.print(table)
     for sentence in answers(summary):
         console.print(Text(sentence, style="bold"))
@@ -60,6 +61,14 @@ def same_output(figures: Mapping[str, Any]) -> str:
     return " ".join(dict.fromkeys(counts)) or "–"
 
 
+def phase_shares(figures: Mapping[str, Any]) -> tuple[float, float, float] | None:
+    """Parts of decode time spent drafting, in target forwards, and on the rest; None where they were not measured."""
+    if figures.get("verify_share") is None:
+        return None
+    draft, verify = figures.get("draft_share") or 0.0, figures["verify_share"]
+    return draft, verify, max(0.0, 1 - draft - verify)
+
+
 def footnotes(summary: Mapping[str, Any]) -> list[str]:
     """What a reader of the figures must know."""
     methods = summary.get("methods") or {}
@@ -69,6 +78,23 @@ def footnotes(summary: Mapping[str, Any]) -> list[str]:
         notes.append(f"{summary['device']}, {str(summary.get('dtype')).removeprefix('torch.')}, "
                      f"{'one prompt at a time' if batch == 1 else f'batches of {batch}'}. tokens/s: decoding "
                      "alone, without prefill; speed-ups: median over prompts, 95 % bootstrap interval.")
+    few = min((one["units"] for figures in methods.values() for one in figures.get("speedup", {}).values()
+               if one.get("units")), default=FEW)
+    if few < FEW:
+        what = ("prompt", "prompts") if (summary.get("batch_size") or 1) == 1 else ("batch", "batches")
+        notes.append(f"Some speed-ups rest on {few} {what[few > 1]} only: an interval over fewer than {FEW} is "
+                     "narrower than a 95 % one.")
+    trees = [label for label, figures in methods.items() if figures.get("trees")]
+    if trees:
+        notes.append(f"Acceptance rate of trees ({', '.join(trees)}): per drafted node, of which a round can keep one "
+                     "path only; compare accepted lengths.")
+    lossy = [label for label, figures in methods.items() if figures.get("lossy")]
+    if lossy:
+        notes.append(f"{', '.join(lossy)}: typical acceptance is lossy: answers are not distributed as the target's.")
+    beams = [label for label, figures in methods.items()
+             if figures.get("family") == "beam" and figures.get("acceptance_rate") is not None]
+    if beams:
+        notes.append(f"{', '.join(beams)}: accepted length and rate count steps of the whole beam, not tokens.")
     for label, figures in methods.items():
         notes += _differences(label, figures)
     left_out = {label: max((one["left_out"] for one in figures.get("speedup", {}).values()), default=0)
@@ -94,7 +120,7 @@ def _differences(label: str, figures: Mapping[str, Any]) -> list[str]:
     return [f"{label} differs from {' and '.join(others)} {rest}" for rest, others in found.items()]
 
 
-def _columns(methods: Mapping[str, Mapping[str, Any]], intervals: bool) -> list[tuple[str, Cell]]:
+def _columns(methods: Mapping[str, Mapping[str, Any]], intervals: bool, phases: bool) -> list[tuple[str, Cell]]:
     """Heading and cell of each column that has a figure."""
     def speedup(peer: bool) -> Cell:
         def cell(figures: Mapping[str, Any]) -> str:
@@ -105,16 +131,23 @@ def _columns(methods: Mapping[str, Mapping[str, Any]], intervals: bool) -> list[
     def number(name: str, form: str) -> Cell:
         return lambda figures: "–" if figures.get(name) is None else format(figures[name], form)
 
+    def split(figures: Mapping[str, Any]) -> str:
+        shares = phase_shares(figures)
+        return "–" if shares is None else "/".join(f"{100 * share:.0f}" for share in shares) + " %"
+
+    drafts = phases and any(figures.get("draft_share") for figures in methods.values())
+    failures = any(figures.get("failed") for figures in methods.values())
     columns: list[tuple[str, Cell]] = [
         ("tokens\nper s", lambda figures: rate(figures) if figures.get("decode_tokens_per_second") else "–"),
         ("× plain", speedup(peer=False)),
         ("× trans-\nformers", speedup(peer=True)),
         ("accepted\nlength", number("mean_accepted_length", ".2f")),
         ("accept.\nrate", number("acceptance_rate", ".0%")),
+        *([("draft/verify\n/rest of time", split)] if drafts else []),
         ("same\noutput", same_output),
         ("BLEU", number("bleu", ".1f")),
         ("perplexity", number("perplexity", ",.2f")),
-        ("failed", number("failed", "d")),
+        *([("failed", number("failed", "d"))] if failures else []),
     ]
     return [column for column in columns if any(column[1](figures) != "–" for figures in methods.values())]
 
