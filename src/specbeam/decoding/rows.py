@@ -109,7 +109,8 @@ class Batch:
 
     def round_done(self, row: int, start: Any, proposed: Sequence[int], accepted: int, committed: int,
                    parents: Sequence[int] = (), drafter: str = "plain", why: str = "") -> None:
-        done = Round(len(proposed), accepted, committed, 0.0, tuple(proposed), tuple(parents), drafter, why)
+        tokens = () if isinstance(proposed, range) else tuple(proposed)  # of beams: how many steps, no tokens
+        done = Round(len(proposed), accepted, committed, 0.0, tokens, tuple(parents), drafter, why)
         self.rows[row].rounds.append((start, self.clock.mark(), done))
 
     def retire(self) -> list[int] | None:

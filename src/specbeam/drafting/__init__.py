@@ -172,8 +172,9 @@ class Settings:
         number = isinstance(self.temperature, int | float) and not isinstance(self.temperature, bool)
         if not number or not 0 <= self.temperature < float("inf"):
             raise InputError(f"temperature is {self.temperature!r}: give 0 for greedy, or a number above 0 to sample.")
-        if self.acceptance == "typical" and not self.temperature:
-            raise InputError("acceptance=typical changes what is sampled, but temperature is 0 (greedy): give a "
+        if self.acceptance != "rejection" and not self.temperature:
+            does = "changes what is sampled" if self.acceptance == "typical" else "is a rule of sampling"
+            raise InputError(f"acceptance={self.acceptance} {does}, but temperature is 0 (greedy): give a "
                              "temperature above 0.")
         if self.drafter in NEEDS_DRAFT and draft is None:
             raise InputError(f"drafter={self.drafter} needs a draft model and none was given: give one, or choose "

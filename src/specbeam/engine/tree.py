@@ -23,6 +23,8 @@ from torch import Tensor
 from specbeam.engine.cache import SlotCache
 from specbeam.engine.runner import Adapter, forward
 
+_MOST = 4096  # slots to begin with: max_new_tokens may be far more than an answer needs
+
 
 @dataclass(frozen=True)
 class Tips:
@@ -109,9 +111,9 @@ class TokenTree:
     """One model's slots for a batch, and the forwards over them."""
 
     def __init__(self, adapter: Adapter, rows: int, capacity: int):
-        """`capacity` slots per row to begin with; more are made when they are needed."""
+        """`capacity` slots per row to begin with (at most _MOST of them); more are made when they are needed."""
         self.adapter, self.device = adapter, adapter.device
-        self.cache = SlotCache(rows, max(capacity, 1), self.device, adapter.strict)
+        self.cache = SlotCache(rows, min(max(capacity, 1), _MOST), self.device, adapter.strict)
         self.position_of = torch.zeros(rows, self.cache.capacity, dtype=torch.long, device=self.device)
         self.high = 0  # no slot at or above it was ever written
 
