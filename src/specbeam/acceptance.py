@@ -68,11 +68,10 @@ def block_verification(proposed: Tensor, p: Tensor, q: Tensor | None, lengths: T
     for i in range(gamma):
         weight = (weight * p_token[:, i] / q_token[:, i]).nan_to_num(0.0).clamp(max=1.0)
         weights.append(weight)
+        chance = weight  # of the last one
         if i + 1 < gamma:
             left = _residual(p[:, i + 1], None if q is None else q[:, i + 1], proposed[:, i + 1], weight).sum(1)
             chance = (left / (left + 1 - weight)).nan_to_num(1.0)
-        else:
-            chance = weight
         chance = torch.where(lengths == i + 1, weight, chance)
         accepted = torch.where((uniform[:, i] < chance) & (i < lengths), i + 1, accepted)
     scale = torch.stack(weights, 1).gather(1, accepted[:, None]).squeeze(1)

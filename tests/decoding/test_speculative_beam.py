@@ -254,7 +254,7 @@ def test_the_whole_grid(name, num_beams, length_penalty, early_stopping):
     ({"draft_length": 0}, "draft_length is 0: .* at least 1"), ({"draft_length": "long"}, "draft_length is 'long'"),
     ({"draft_length": True}, "draft_length is True"), ({"draft_length": 2.5}, "draft_length is 2.5"),
     ({"num_beams": 0}, "num_beams is 0"), ({"num_beams": 2, "num_return_sequences": 3}, "num_return_sequences is 3"),
-    ({"streamer": "any"}, "streamer was given to beam search"), ({"do_sample": True}, "do_sample is not an option"),
+    ({"streamer": "one"}, "streamer was given to beam search"), ({"do_sample": True}, "do_sample is not an option"),
     ({"early_stopping": "sometimes"}, "early_stopping"), ({"lenght_penalty": 1.0}, "did you mean 'length_penalty'"),
 ], ids=str)
 def test_what_makes_no_sense_is_refused_in_one_sentence(options, sentence):
