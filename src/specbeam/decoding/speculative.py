@@ -68,8 +68,8 @@ def speculative_generate(target: PreTrainedModel, draft: PreTrainedModel | None,
 
 
 @torch.inference_mode()
-def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Request, settings: Settings,
-) -> GenerationOutput:
+def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Request, settings: Settings
+            ) -> GenerationOutput:
     adapter = adapt(target)
     if adapter.context is not None and settings.most_nodes >= adapter.context:
         raise InputError(f"a proposal may have {settings.most_nodes} nodes, but the target {adapter.name} has a "
