@@ -127,7 +127,8 @@ def _messages(prompt: object, name: str) -> list[dict[str, Any]]:
             raise InputError(f"{where} has the unknown role {message['role']!r}: use {', '.join(ROLES)}.")
         if not isinstance(message["content"], str):
             kind = type(message["content"]).__name__
-            raise InputError(f"The content of {where[0].lower()}{where[1:]} is of type {kind}: give a string.")
+            place = where[0].lower() + where[1:]
+            raise InputError(f"The content of {place} is of type {kind}: give its text, a string.")
         messages.append(dict(message))
     if len(messages) > 1 and messages[-1] == {"role": "assistant", "content": ""}:
         del messages[-1]  # an empty answer to continue is an answer to begin

@@ -330,9 +330,9 @@ def speculation_settings(options: dict[str, Any], **more: Any) -> Settings:
 
 def check_greedy(place: str, options: dict[str, Any]) -> None:
     """Options that only matter when a speculative method samples."""
-    for name in (*SAMPLING_OPTIONS, "acceptance"):
+    for name in SAMPLING_OPTIONS:
         value = options.get(name)
-        if name != "temperature" and value is not None and value != Settings.acceptance:
+        if name != "temperature" and value is not None:
             raise InputError(
                 f"{place}{name} is {value!r}, which has no effect at temperature 0 (greedy): leave it out, or give a "
                 "temperature above 0."
