@@ -151,7 +151,7 @@ def test_a_speculative_method_without_a_draft_says_what_can_be_run() -> None:
         ({"kind": "speculative", "drafter": "suffix", "corpus": "nowhere.jsonl"}, "nowhere.jsonl cannot be read"),
         ({"kind": "speculative", "draft_length": "auto", "costs": "nowhere.json"}, "'nowhere.json' cannot be read"),
         ({"kind": "speculative", "acceptance": "blok"}, "acceptance is 'blok'"),
-        ({"kind": "speculative", "acceptance": "block"}, "acceptance=block is a rule of sampling, but temperature is 0"),
+        ({"kind": "speculative", "acceptance": "block"}, "acceptance=block is a rule of sampling"),
         ({"kind": "speculative", "top_k": 5}, "top_k is 5, which has no effect at temperature 0"),
         ({"kind": "speculative_beam", "draft_beams": 2}, "draft_beams is 2, but num_beams is 4"),
         ({"kind": "speculative_beam", "draft_beams": "wide"}, "draft_beams is 'wide'"),
