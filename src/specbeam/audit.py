@@ -88,6 +88,7 @@ def audit_sampling(label: str, settings: dict[str, Any], target: Any, draft: Any
         return Finding(label, _name(target), "different", f"{outside} of {draws} answers have probability 0")
     p_value, distance = chi_square([counts[o] for o in exact], list(exact.values()))
     sentence = f"{draws} draws of {_STEPS} tokens: total variation {distance:.3f}, p = {p_value:.2g}"
+    sentence += "; a weak test, give draws=2000 or more" if draws < 1000 else ""
     return Finding(label, _name(target), "same" if p_value > FALSE_ALARM else "different", sentence)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 LONGEST = 6
+_CLEARLY = 1.03  # a gain below this is noise, and trying is not free
 
 
 @dataclass
@@ -24,7 +25,7 @@ class Costs:
     reached: list[float] = field(default_factory=lambda: [1.0] * LONGEST)  # prior: half of them survive
     survived: list[float] = field(default_factory=lambda: [0.5] * LONGEST)
     rounds: int = 0
-    pause: int = 8  # rounds until a neighbour is tried
+    pause: int = 16  # rounds until a neighbour is tried
 
 
 _known: WeakKeyDictionary[Any, dict[tuple, Costs]] = WeakKeyDictionary()
@@ -53,10 +54,12 @@ class Depth:
                 self.why = "measuring"
                 return depth
         best = max(range(LONGEST + 1), key=self.rate)
+        if self.rate(best) < _CLEARLY * self.rate(0):
+            best = 0
         self.why = "best rate" if best else "does not pay"
         if costs.rounds % costs.pause == 0:
             other = best + 1 if best == 0 or (costs.rounds // costs.pause) % 2 else best - 1
-            costs.pause = min(2 * costs.pause, 128) if best == 0 else 16
+            costs.pause = min(2 * costs.pause, 512) if best == 0 else 16
             self.why = "trying"
             return min(other, LONGEST)
         return best
