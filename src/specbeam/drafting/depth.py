@@ -8,6 +8,7 @@ the most expected steps per second, 0 (plain steps) included, and now and then t
 from __future__ import annotations
 
 from collections import deque
+from copy import deepcopy
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -37,11 +38,15 @@ class Depth:
     def __init__(self, target: Any, draft: Any, length: int | str, num_beams: int, draft_beams: int, rows: int):
         self.auto, self.fixed, self.why = length == "auto", length, "length"
         self.target, self.key = target, (id(draft), num_beams, draft_beams)
+        self.costs = Costs()
         self.rows(rows)
 
     def rows(self, rows: int) -> None:
-        """Go on with so many rows: a forward's cost depends on them."""
-        self.costs = _known.setdefault(self.target, {}).setdefault((*self.key, rows), Costs())
+        """Go on with so many rows: a forward's cost depends on them, and what is known so far is a first guess."""
+        known = _known.setdefault(self.target, {})
+        if (*self.key, rows) not in known:
+            known[(*self.key, rows)] = deepcopy(self.costs)
+        self.costs = known[(*self.key, rows)]
 
     def choose(self) -> int:
         if not self.auto:

@@ -6,8 +6,8 @@ proposed if
     P(all before it accepted) · P(it is accepted | the draft's confidence) ≥ r · (its share of the forwards' seconds)
 
 where the probabilities come from what was accepted before at that confidence, and the seconds are measured. When
-rounds with proposals give fewer tokens per second than plain ones, rows decode plainly and try again after 4, 8, …,
-128 rounds. What was learned stays with the pair of models, from prompt to prompt; `costs` freezes it in a file.
+rounds with proposals give fewer tokens per second than plain ones, the batch decodes plainly and tries again after 4,
+8, …, 128 rounds. What was learned stays with the pair of models, from prompt to prompt; `costs` freezes it in a file.
 
 The confidence is the draft's largest probability *before* anything is drawn: to stop or not is a function of the
 prefix, and a drawn token is never dropped for what it is. (Dropping it would bias the output.)
@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict, deque
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -97,13 +98,17 @@ class Length:
         self.frozen = read_costs(settings.costs) if settings.costs else None
         self.reach = [1.0] * rows  # P(all proposed so far accepted), of the running round
         self.why = [""] * rows
-        self.costs = self._costs(rows)
-        self.plain_left = [self.costs.left] * rows
+        self.costs = self._costs(rows, Costs())
+        self.left = self.costs.left  # plain rounds until the next try, of all rows: a try costs the whole batch
 
-    def _costs(self, rows: int) -> Costs:
+    def _costs(self, rows: int, first: Costs) -> Costs:
+        """What is known for so many rows; for a new number, what `first` knows, until it is measured."""
         if self.frozen is not None:
             return self.frozen
-        return _known.setdefault(self.target, {}).setdefault((*self.partner, rows), Costs())
+        known = _known.setdefault(self.target, {})
+        if (*self.partner, rows) not in known:
+            known[(*self.partner, rows)] = deepcopy(first)
+        return known[(*self.partner, rows)]
 
     def limits(self, most: Sequence[int]) -> list[int]:
         """How deep each row may propose in this round; 0: decode plainly."""
@@ -116,17 +121,15 @@ class Length:
             self.why = ["measuring plain"] * len(most)
             return [0] * len(most)
         pays = len(costs.tokens) < 3 or costs.rate >= costs.plain_rate
-        limits = []
-        for row, deepest in enumerate(most):
-            if self.plain_left[row] > 0:
-                self.plain_left[row] -= 1
-                deepest, self.why[row] = 0, "does not pay"
-            elif not pays:  # this round is the try; the next ones are plain unless it changes the picture
-                self.plain_left[row] = costs.wait
-            limits.append(deepest)
+        waits = self.left > 0
+        if waits:
+            self.left -= 1
+            self.why = ["does not pay"] * len(most)
+        elif not pays:  # this round is the try; the next ones are plain unless it changes the picture
+            self.left = costs.wait
         if not costs.frozen:
-            costs.left = min(self.plain_left)
-        return limits
+            costs.left = self.left
+        return [0] * len(most) if waits else list(most)
 
     def proposes(self, row: int, confidence: float) -> bool:
         """Whether the row proposes the token after its prefix, given the draft's largest probability there."""
@@ -200,8 +203,7 @@ class Length:
             costs.wait = 4 if costs.rate >= costs.plain_rate else min(2 * costs.wait, _LONGEST_WAIT)
 
     def keep_rows(self, rows: Sequence[int]) -> None:
-        self.plain_left = [self.plain_left[row] for row in rows]
-        self.costs = self._costs(len(rows))
+        self.costs = self._costs(len(rows), self.costs)
 
 
 def read_costs(path: str) -> Costs:
