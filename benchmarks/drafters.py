@@ -4,9 +4,9 @@
     python benchmarks/drafters.py RUN [RUN …] > docs/drafters.md
 
 Speed-up: decode seconds a token of plain greedy decoding over the method's, in the same run. Predicted, for chains of
-one length at batch 1: the tokens a round that acceptance α (each proposal accepted with the same probability, given those
-before it) gives at draft length γ, (1 - α^(γ+1)) / (1 - α), over what a round costs in plain steps, by the run's own
-seconds.
+one length at batch 1: the tokens a round that acceptance α (each proposal accepted with the same probability, given
+those before it) gives at draft length γ, (1 - α^(γ+1)) / (1 - α), over what a round costs in plain steps, by the run's
+own seconds.
 """
 
 from __future__ import annotations
