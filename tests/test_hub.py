@@ -11,8 +11,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from refusals import refusal
 
-from specbeam.errors import InputError
 from specbeam.hub import fetch
 from specbeam.models import load_model, load_pair
 
@@ -41,14 +41,6 @@ def cached(tmp_path):
 
 def http(kind, status):
     return kind(f"{status} for the request", response=SimpleNamespace(status_code=status, headers={}, request=None))
-
-
-def refusal(function, *args, **options):
-    with pytest.raises(InputError) as caught:
-        function(*args, **options)
-    sentence = str(caught.value)
-    assert "\n" not in sentence and sentence.endswith("."), sentence
-    return sentence
 
 
 def test_an_unreachable_hub_is_said_quickly_and_names_the_id():

@@ -13,10 +13,10 @@ import torch
 import transformers as hf
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from refusals import refusal
 from safetensors.torch import save_file
 
 from specbeam import models
-from specbeam.errors import InputError
 from specbeam.models import (
     check_path,
     check_same_vocabulary,
@@ -65,15 +65,6 @@ def edit(folder, file, **values):
     path = folder / file
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
     return folder
-
-
-def refusal(function, *args, **options):
-    """The one sentence of the InputError that the call must raise."""
-    with pytest.raises(InputError) as caught:
-        function(*args, **options)
-    sentence = str(caught.value)
-    assert "\n" not in sentence and sentence.endswith("."), sentence
-    return sentence
 
 
 @pytest.mark.parametrize("name", checkpoints.FAMILIES)
@@ -376,9 +367,6 @@ def test_memory_that_runs_out_while_loading_is_the_same_sentence(family, monkeyp
 # the bundled pair
 
 
-@pytest.mark.skipif(
-    not (Path(str(resources.files("specbeam"))) / "bundled" / "draft").is_dir(), reason="no pair is bundled yet"
-)
 def test_the_bundled_pair_shares_a_vocabulary_and_has_a_chat_template():
     target, draft, tokenizer = load_pair()
     assert tokenizer.chat_template and target.num_parameters() > draft.num_parameters()

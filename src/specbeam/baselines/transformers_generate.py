@@ -8,7 +8,6 @@ stream, so nothing waits for it. Tokens are read, and seconds worked out, after 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from specbeam.decoding.request import prompt_rows
+from specbeam.decoding.request import check_name, prompt_rows
 from specbeam.decoding.rows import Clock
 from specbeam.errors import InputError
 from specbeam.trace import GenerationOutput, Hypothesis, Round, RowTrace
@@ -322,12 +321,9 @@ def _quiet() -> Iterator[None]:
 
 
 def _check_names(options: dict[str, Any]) -> None:
-    known = [name for name in vars(GenerationConfig()) if not name.startswith("_")]
     for name in options:
         if name == "do_sample":
             raise InputError("do_sample is not an option here: the method says it (transformers_greedy, "
                              "transformers_sample, transformers_assisted with temperature > 0).")
-        if name not in known and name not in _GENERATE_ARGUMENTS:
-            near = difflib.get_close_matches(name, known, 1)
-            raise InputError(f"there is no option {name!r}" + (f"; did you mean {near[0]!r}?" if near else
-                             "; options are those of transformers' GenerationConfig."))
+        if name not in _GENERATE_ARGUMENTS:
+            check_name(name)

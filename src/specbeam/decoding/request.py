@@ -188,8 +188,16 @@ def _room(config: GenerationConfig, prompt_tokens: int, context: int | None) -> 
     return config.max_length - prompt_tokens
 
 
+def check_name(name: str) -> None:
+    """Raises InputError, with the nearest real name, for what is no option of transformers' GenerationConfig."""
+    known = [known for known in vars(GenerationConfig()) if not known.startswith("_")]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        raise InputError(f"there is no option {name!r}" + (f"; did you mean {near[0]!r}?" if near else
+                         "; options are those of transformers' GenerationConfig."))
+
+
 def _check_names(options: dict[str, Any]) -> None:
-    known = [name for name in vars(GenerationConfig()) if not name.startswith("_")]
     for name in options:
         if name == "do_sample":
             raise InputError("do_sample is not an option here: the method says it (greedy_generate, sample_generate, "
@@ -198,10 +206,7 @@ def _check_names(options: dict[str, Any]) -> None:
             if options[name] in (None, 1):
                 continue
             raise InputError(f"{name}={options[name]!r} belongs to beam search: use beam_generate, or leave it out.")
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            raise InputError(f"there is no option {name!r}" + (f"; did you mean {near[0]!r}?" if near else
-                             "; options are those of transformers' GenerationConfig."))
+        check_name(name)
 
 
 def _check_values(config: GenerationConfig, options: dict[str, Any], target: Any) -> None:

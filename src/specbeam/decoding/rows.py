@@ -69,7 +69,7 @@ class Batch:
         self.device = target.device
         self.phases: dict[str, list[tuple[Any, Any]]] = {"draft": [], "verify": []}
         self.started = self.clock.mark()
-        self.prefilled = self.ended = self.started
+        self.prefilled = self.started
         if request.streamer is not None:
             request.streamer.put(torch.tensor([request.rows[0].prompt]))
 
@@ -122,7 +122,7 @@ class Batch:
         return stay
 
     def output(self, drafts: bool = False, hypotheses: list[list[Hypothesis]] | None = None) -> GenerationOutput:
-        self.ended = self.clock.mark()
+        ended = self.clock.mark()
         if self.request.streamer is not None:
             self.request.streamer.end()
         if hypotheses is None:
@@ -134,7 +134,7 @@ class Batch:
                 rounds=tuple(replace(done, seconds=self.clock.seconds(start, end)) for start, end, done in row.rounds),
                 sources=tuple(row.sources), token_rounds=tuple(row.token_rounds),
                 prefill_seconds=self.clock.seconds(self.started, self.prefilled),
-                decode_seconds=self.clock.seconds(self.prefilled, self.ended),
+                decode_seconds=self.clock.seconds(self.prefilled, ended),
                 draft_seconds=seconds["draft"] if drafts else None, verify_seconds=seconds["verify"])
             for row in self.rows])
 

@@ -59,7 +59,7 @@ class DraftBeams:
         beams = torch.zeros(len(lengths), num_beams, dtype=torch.long, device=self.tree.device)
         self.tips = nodes.pick(beams + prompts.lengths[:, None] - 1)  # of each beam
         self.read = torch.zeros(len(lengths), dtype=torch.long, device=self.tree.device)  # of each beam's tokens
-        self.nodes, self.at = self.tips, beams
+        self.nodes = self.tips
 
     def propose(self, tokens: Tensor, length: Tensor, scores: Tensor, depth: int) -> Levels:
         """tokens: [rows, beams, most], of which length [rows] are there. scores: [rows, beams], as the target has

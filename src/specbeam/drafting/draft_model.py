@@ -30,8 +30,7 @@ from specbeam.sampling import Path, draw, process, uniforms
 @dataclass(frozen=True)
 class Shape:
     """What a draft model's proposals look like. branching: children per node at each depth ((1, 1, 1): a chain of
-    three). nodes, when set: grow a tree of so
-    many instead, as deep, `width` of them continued at each depth."""
+    three). nodes, when set: grow a tree of so many instead, as deep, `width` of them continued at each depth."""
 
     branching: tuple[int, ...]
     width: int = 4
