@@ -1,11 +1,13 @@
-"""What a method returns: hypotheses with their ancestry, and what happened in every round.
+"""What a method returns: hypotheses with their ancestry, what happened in every round, and a beam search's tree.
 
 Plain numbers only (no tensors), so that a trace can be written to a file as it is.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,87 @@ class Hypothesis:
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """A continuation that a beam step ranked."""
+
+    token: int
+    beam: int  # the running beam that it continues (0 … num_beams-1)
+    score: float  # summed log-probability up to here, processed, without length penalty
+    survived_as: int | None = None  # the running beam it became; None: it does not run on
+    finish_reason: str | None = None  # it ends here: eos | stop | length
+    finished_score: float | None = None  # it entered the finished pool with this score (length penalty and all)
+
+
+@dataclass(frozen=True)
+class SearchStep:
+    """One step of a beam search: its candidates, best first."""
+
+    round: int  # in which it was taken: 0 = prefill, then 1, 2, … (speculation takes several steps in one round)
+    candidates: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True)
+class SearchTree:
+    """All that a row's beam search looked at. ends: of each returned hypothesis, best first, its step and the number of
+    the candidate that ended it."""
+
+    steps: tuple[SearchStep, ...]
+    ends: tuple[tuple[int, int], ...]
+
+    def path(self, hypothesis: int = 0) -> list[tuple[int, int]]:
+        """(step, candidate) of each of a hypothesis' tokens, from the first to the last."""
+        return self.path_to(*self.ends[hypothesis])
+
+    def path_to(self, step: int, number: int) -> list[tuple[int, int]]:
+        """(step, candidate) of a candidate and of all that it continues."""
+        found = [(step, number)]
+        while step > 0:
+            beam, step = self.steps[step].candidates[number].beam, step - 1
+            number = next(i for i, one in enumerate(self.steps[step].candidates) if one.survived_as == beam)
+            found.append((step, number))
+        return found[::-1]
+
+
+@dataclass(frozen=True)
 class GenerationOutput:
-    """Hypotheses of each row, best first, and each row's trace."""
+    """Hypotheses of each row, best first, each row's trace and, for beam search with `trace=True`, its search tree."""
 
     hypotheses: list[list[Hypothesis]]
     trace: list[RowTrace]
+    search: list[SearchTree] | None = None
 
     @property
     def tokens(self) -> list[list[int]]:
         """New tokens of each row's best hypothesis, EOS included, no padding."""
         return [row[0].tokens for row in self.hypotheses]
+
+
+REASONS = ("length", "eos", "stop")  # how a hypothesis ends
+_NOTHING = -5.0e8  # a score below: no hypothesis stands there
+
+
+def search_trees(watched: Sequence[tuple[dict[int, int], Any, Any]], returned: Sequence[int]) -> list[SearchTree]:
+    """The tree of each row of a batch. watched: of each beam step the round of each row that it stepped, whose step it
+    was ([rows] bool; None: everyone's) and what was ranked (beam.Ranked). returned: hypotheses of each row."""
+    steps: list[list[SearchStep]] = [[] for _ in returned]
+    pools: list[list[tuple[int, int]]] = [[] for _ in returned]
+    for rounds, active, ranked in watched:
+        stepped = [True] * len(rounds) if active is None else active.tolist()
+        columns = {name: values.tolist() for name, values in vars(ranked).items()}
+        for i, (row, number) in enumerate(rounds.items()):
+            if not stepped[i]:
+                continue
+            own = {name: values[i] for name, values in columns.items()}
+            width, now = len(own["chosen"]), len(steps[row])
+            before = pools[row] or [(-1, -1)] * width
+            pools[row] = [(before + [(now, j) for j in range(len(own["tokens"]))])[place] for place in own["pool"]]
+            finished = {j: score for (step, j), score in zip(pools[row], own["pool_scores"], strict=True)
+                        if step == now and score > _NOTHING}
+            candidates = [
+                Candidate(token, origin, score, own["chosen"].index(j) if j in own["chosen"] and reason < 0 else None,
+                          REASONS[reason] if reason >= 0 else None, finished.get(j))
+                for j, (token, origin, score, reason) in enumerate(zip(
+                    own["tokens"], own["origins"], own["scores"], own["reasons"], strict=True))]
+            steps[row].append(SearchStep(number, tuple(candidates)))
+    return [SearchTree(tuple(own), tuple(pool[:count]))
+            for own, pool, count in zip(steps, pools, returned, strict=True)]

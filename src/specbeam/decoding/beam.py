@@ -25,7 +25,7 @@ from specbeam.engine.support import adapt, check_lengths, evaluating
 from specbeam.engine.tree import TokenTree, chain, leaves
 from specbeam.errors import InputError
 from specbeam.sampling import process
-from specbeam.trace import GenerationOutput, Hypothesis
+from specbeam.trace import REASONS, GenerationOutput, Hypothesis
 
 _NEVER = -1.0e9  # transformers' "no hypothesis here"; finite, so that it can be added and ranked
 
@@ -36,7 +36,7 @@ class Beams:
 
     length: [rows] long, tokens of each running beam. tokens, finished_tokens: [rows, beams, most] long. origins,
     finished_origins: the same shape, the beam each token was continued from. scores: [rows, beams] fp32, summed
-    log-probabilities; finished_scores: with the length penalty. finished_by: [rows, beams] long, index into _REASONS.
+    log-probabilities; finished_scores: with the length penalty. finished_by: [rows, beams] long, index into REASONS.
     ended: [rows, beams] bool, pool places that are taken. open: [rows] bool, the pool may still improve.
     """
 
@@ -66,9 +66,6 @@ class Beams:
         return values.gather(2, (self.length - 1).view(-1, 1, 1).expand(-1, values.shape[1], 1)).squeeze(2)
 
 
-_REASONS = ("length", "eos", "stop")
-
-
 @dataclass(frozen=True)
 class Ranking:
     """How continuations are ranked: the caller's options."""
@@ -79,10 +76,29 @@ class Ranking:
     early_stopping: bool | str
 
 
+@dataclass(frozen=True)
+class Ranked:
+    """What one step ranked, best first, for the search tree that `trace=True` asks for.
+
+    tokens, origins (running beams), reasons (index into REASONS; -1: runs on): [rows, candidates] long. scores: the
+    same shape, fp32, summed log-probabilities. chosen: [rows, beams] long, the candidates that run on. pool: [rows,
+    beams] long, the finished pool after the step: a place in the pool before it, or num_beams + a candidate.
+    pool_scores: [rows, beams] fp32.
+    """
+
+    tokens: Tensor
+    origins: Tensor
+    scores: Tensor
+    reasons: Tensor
+    chosen: Tensor
+    pool: Tensor
+    pool_scores: Tensor
+
+
 def beam_generate(target: PreTrainedModel, input_ids: Tensor | Sequence[Tensor], attention_mask: Tensor | None = None,
                   *, num_beams: int = 4, num_return_sequences: int = 1, **options) -> GenerationOutput:
-    """Beam search; other arguments as in `greedy_generate`, also `length_penalty` (1.0) and `early_stopping` (False,
-    True or "never").
+    """Beam search; other arguments as in `greedy_generate`, also `length_penalty` (1.0), `early_stopping` (False,
+    True or "never") and `trace` (True: `search` holds each row's search tree).
 
     Each row's `hypotheses` holds `num_return_sequences` answers, best first; `score` is transformers'
     `sequences_scores`; `beams` names, for each token, the beam that it was continued from.
@@ -131,8 +147,8 @@ def start_beams(rows: int, num_beams: int, most: int, device: torch.device) -> B
 
 
 def step(beams: Beams, log_probs: Tensor, rule: Ranking, request: Request, live: Sequence[int]
-         ) -> tuple[Beams, Tensor]:
-    """One beam step. Returns the new state and [rows] bool: whether each row's search is over.
+         ) -> tuple[Beams, Tensor, Ranked]:
+    """One beam step. Returns the new state, [rows] bool: whether each row's search is over, and what was ranked.
 
     log_probs: [rows, beams, vocabulary] fp32, processed. live: the request's row behind each row.
     """
@@ -183,11 +199,11 @@ def step(beams: Beams, log_probs: Tensor, rule: Ranking, request: Request, live:
     over = ~still | ends.all(1)
     if rule.early_stopping is True:
         over = over | after.ended.all(1)
-    return after, over
+    return after, over, Ranked(token, origin, best, reason, chosen, kept, after.finished_scores)
 
 
 def _endings(tokens: Tensor, last: Tensor, length: Tensor, request: Request, live: Sequence[int]) -> Tensor:
-    """[rows, candidates] long: -1 runs on, else what ends the candidate (index into _REASONS)."""
+    """[rows, candidates] long: -1 runs on, else what ends the candidate (index into REASONS)."""
     reason = torch.full_like(last, -1)
     limits = torch.tensor([request.rows[row].max_new_tokens for row in live], device=last.device)
     reason[length >= limits] = 0
@@ -223,7 +239,7 @@ def hypotheses(beams: Beams, row: int, count: int) -> list[Hypothesis]:
         found.append(Hypothesis(
             tokens=beams.finished_tokens[row, place, :length].tolist(),
             score=float(beams.finished_scores[row, place]),
-            finish_reason=_REASONS[int(beams.finished_by[row, place])],
+            finish_reason=REASONS[int(beams.finished_by[row, place])],
             beams=tuple(beams.finished_origins[row, place, :length].tolist())))
     return found
 
@@ -245,7 +261,9 @@ def _search(target: PreTrainedModel, request: Request, num_return_sequences: int
     logits = logits.expand(-1, rule.num_beams, -1)
     start = None
     while True:
-        beams, over = step(beams, log_probabilities(logits, beams, request, batch.live), rule, request, batch.live)
+        beams, over, ranked = step(beams, log_probabilities(logits, beams, request, batch.live), rule, request,
+                                   batch.live)
+        batch.watch(ranked)
         done = over.tolist()
         for i, row in enumerate(batch.live):
             if start is not None:

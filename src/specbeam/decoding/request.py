@@ -57,12 +57,13 @@ class Request:
     eos: frozenset[int]
     stopping: StoppingCriteriaList  # beside EOS and length
     streamer: Any
+    trace: bool  # keep the tree of a beam search
 
 
 def settle(
     target: Any, input_ids: Tensor | Sequence[Tensor], attention_mask: Tensor | None, *,
     sampled: bool, beams: tuple[int, int] = (1, 1), seed: int | Sequence[int] = 0, tokenizer: Any = None,
-    streamer: Any = None,
+    streamer: Any = None, trace: bool = False,
     logits_processor: LogitsProcessorList | None = None, stopping_criteria: StoppingCriteriaList | None = None,
     prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None = None,
     generation_config: GenerationConfig | None = None, **options: Any,
@@ -72,6 +73,9 @@ def settle(
     _check_names(options)
     prompts = prompt_rows(input_ids, attention_mask)
     _check_tokens(prompts, embedding(target).shape[0])
+    if trace not in (True, False) or (trace and beams[0] == 1):
+        raise InputError(f"trace is {trace!r}: true keeps the search tree of beam search with two beams or more; other "
+                         "methods have none.")
     if streamer is not None and len(prompts) > 1:
         raise InputError(f"streamer was given with a batch of {len(prompts)} prompts, whose rows grow at different "
                          "speeds: stream one prompt at a time.")
@@ -114,7 +118,7 @@ def settle(
     if stopping.stop_strings is not None and tokenizer is None:
         raise InputError(f"stop_strings={stopping.stop_strings!r} needs tokenizer=…, to know how tokens spell them.")
     criteria = target._get_stopping_criteria(stopping, stopping_criteria or StoppingCriteriaList(), tokenizer)
-    return Request(rows, config, eos, criteria, streamer)
+    return Request(rows, config, eos, criteria, streamer, trace)
 
 
 def _allowed(asked: Callable[[int, Tensor], list[int]], row: int, _: int, ids: Tensor) -> list[int]:

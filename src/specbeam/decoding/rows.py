@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteriaList
 
 from specbeam.decoding.request import Request
-from specbeam.trace import GenerationOutput, Hypothesis, Round, RowTrace
+from specbeam.trace import GenerationOutput, Hypothesis, Round, RowTrace, search_trees
 
 
 class Clock:
@@ -68,6 +69,7 @@ class Batch:
         self.clock = Clock(target.device)
         self.device = target.device
         self.phases: dict[str, list[tuple[Any, Any]]] = {"draft": [], "verify": []}
+        self.watched: list[tuple[dict[int, int], Tensor | None, Any]] = []  # beam steps, for the search tree
         self.started = self.clock.mark()
         self.prefilled = self.started
         if request.streamer is not None:
@@ -100,6 +102,13 @@ class Batch:
         state = self.rows[row]
         state.tokens, state.finish_reason = best.tokens, best.finish_reason
         state.sources, state.token_rounds = ["plain"] * len(best.tokens), list(rounds)
+
+    def watch(self, ranked: Any, active: Tensor | None = None) -> None:
+        """Keep what a beam step ranked (beam.Ranked), if the caller wants the search tree; it is read when the clock
+        has stopped. active: [live rows] bool, whose step it was (None: all rows')."""
+        if self.request.trace:
+            rounds = {row: len(self.rows[row].rounds) + (self.rows[row].first_tokens > 0) for row in self.live}
+            self.watched.append((rounds, active, ranked))
 
     def prefill_done(self) -> None:
         """The first new tokens are known (and on the host): everything from here on is decoding."""
@@ -136,7 +145,7 @@ class Batch:
                 prefill_seconds=self.clock.seconds(self.started, self.prefilled),
                 decode_seconds=self.clock.seconds(self.prefilled, ended),
                 draft_seconds=seconds["draft"] if drafts else None, verify_seconds=seconds["verify"])
-            for row in self.rows])
+            for row in self.rows], search_trees(self.watched, list(map(len, hypotheses))) if self.watched else None)
 
 
 def stops(criteria: StoppingCriteriaList, sequence: list[int], device: torch.device) -> bool:

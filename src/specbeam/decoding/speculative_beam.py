@@ -102,7 +102,8 @@ def _search(target: PreTrainedModel, draft: PreTrainedModel, request: Request, n
     everyone = torch.zeros(len(lengths), rule.num_beams, dtype=torch.long, device=tree.device)
     tips = nodes.pick(everyone + unread.lengths[:, None] - 1)  # the node that each beam's last token hangs below
     logits = logits.expand(-1, rule.num_beams, -1)
-    beams, over = step(beams, log_probabilities(logits, beams, request, batch.live), rule, request, batch.live)
+    beams, over, ranked = step(beams, log_probabilities(logits, beams, request, batch.live), rule, request, batch.live)
+    batch.watch(ranked)
     rounds: list[list[int]] = [[] for _ in lengths]  # of each row, the round of each step
     for i, row in enumerate(batch.live):
         rounds[row].append(0)
@@ -135,7 +136,7 @@ def _search(target: PreTrainedModel, draft: PreTrainedModel, request: Request, n
 
         real = torch.arange(block.tokens.shape[1], device=tree.device) < block.lengths[:, None]
         checked = Checked(logits, block.tokens, parents, real)
-        beams, behind, steps, over = _replay(beams, checked, rule, request, batch.live)
+        beams, behind, steps, over = _replay(beams, checked, rule, batch)
         tips = nodes.pick(behind)
         if levels is None:
             drafter.follow(behind)
@@ -186,18 +187,19 @@ def _block(beams: Beams, levels: Levels | None, remaining: Sequence[int]) -> tup
     return Block(tokens, tip, depth, sees, lengths), parents
 
 
-def _replay(beams: Beams, checked: Checked, rule: Ranking, request: Request, live: Sequence[int]
-            ) -> tuple[Beams, Tensor, Tensor, Tensor]:
+def _replay(beams: Beams, checked: Checked, rule: Ranking, batch: Batch) -> tuple[Beams, Tensor, Tensor, Tensor]:
     """Beam steps for as long as all survivors' logits are at hand. Returns the new state; [rows, beams] the node that
     each beam's last token hangs below; [rows] steps; [rows] bool, whether the search is over."""
     rows, width = beams.scores.shape
+    request, live = batch.request, batch.live
     place = torch.arange(width, device=beams.scores.device).expand(rows, -1)  # each beam's own node
     behind, steps = place, torch.zeros_like(beams.length)
     active = torch.ones_like(beams.open)
     over = ~active
     while bool(active.any()):
         logits = checked.logits.gather(1, place[..., None].expand(-1, -1, checked.logits.shape[-1]))
-        after, ended = step(beams, log_probabilities(logits, beams, request, live), rule, request, live)
+        after, ended, ranked = step(beams, log_probabilities(logits, beams, request, live), rule, request, live)
+        batch.watch(ranked, active)
         node = place.gather(1, after.last(after.origins))
         beams = after.where(active, beams)
         behind = torch.where(active[:, None], node, behind)
