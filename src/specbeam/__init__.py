@@ -18,6 +18,7 @@ _HOME = {
     "speculative_generate": "specbeam.decoding.speculative",
     "load_model": "specbeam.models",
     "load_pair": "specbeam.models",
+    "use_runner": "specbeam.runners.choose",
     "render_prompt": "specbeam.chat",
     "GenerationOutput": "specbeam.trace",
     "Hypothesis": "specbeam.trace",
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from specbeam.errors import InputError as InputError
     from specbeam.models import load_model as load_model
     from specbeam.models import load_pair as load_pair
+    from specbeam.runners.choose import use_runner as use_runner
     from specbeam.trace import GenerationOutput as GenerationOutput
     from specbeam.trace import Hypothesis as Hypothesis
 

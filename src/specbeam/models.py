@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from specbeam.errors import InputError
+from specbeam.runners import check_runner
 from specbeam.weights import free_memory, weight_bytes, weight_files
 
 if TYPE_CHECKING:
@@ -39,20 +40,24 @@ def load_model(
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
+    runner: str = "auto",
+    precision: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model in eval mode, without gradients, and its tokenizer.
 
     `path` is "bundled", "bundled-draft", a folder written by `save_pretrained`, or a hub id; only safetensors weights
     are read. dtype "auto" is float32 on a CPU and the checkpoint's own on a GPU; device "auto" is cuda, else mps, else
-    cpu. The tokenizer pads on the left and always has a pad token; the embeddings are never resized. The model's
-    generation_config is the checkpoint's, except that nothing in it makes `generate` compile.
+    cpu. `runner` and `precision` are those of `use_runner`. The tokenizer pads on the left and always has a pad token;
+    the embeddings are never resized. The model's generation_config is the checkpoint's, except that nothing in it makes
+    `generate` compile.
     Raises InputError, in one sentence.
     """
+    check_runner(runner, precision)
     place = resolve_device(device)
     kind = resolve_dtype(dtype, place)
     checkpoint = _open(path, trust_remote_code)
-    return _load([checkpoint], kind, place, trust_remote_code)[0], checkpoint.tokenizer
+    return _load([checkpoint], kind, place, runner, precision, trust_remote_code)[0], checkpoint.tokenizer
 
 
 def load_pair(
@@ -61,6 +66,8 @@ def load_pair(
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
+    runner: str = "auto",
+    precision: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]:
     """Target, draft and the target's tokenizer, loaded as `load_model` does; "bundled" as draft is the bundled draft.
@@ -68,8 +75,9 @@ def load_pair(
     Raises InputError, before any weight is read, when the two do not share a vocabulary.
     """
     target_model, draft_model, tokenizer, _ = load_pair_with_tokenizers(
-        target, draft, same_vocabulary=True, dtype=dtype, device=device, trust_remote_code=trust_remote_code
-    )
+        target, draft, same_vocabulary=True, dtype=dtype, device=device, runner=runner, precision=precision,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     return target_model, draft_model, tokenizer
 
 
@@ -80,19 +88,22 @@ def load_pair_with_tokenizers(
     same_vocabulary: bool = False,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
+    runner: str = "auto",
+    precision: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
     """Target, draft and the tokenizer of each, for `speculative_generate(vocabulary=…)`: they may differ unless
     `same_vocabulary`. Otherwise as `load_pair`."""
     require_draft(target, draft, ["load_pair"])
     assert draft is not None
+    check_runner(runner, precision)
     place = resolve_device(device)
     kind = resolve_dtype(dtype, place)
     ours = _open(target, trust_remote_code)
     theirs = _open("bundled-draft" if draft == "bundled" else draft, trust_remote_code)
     if same_vocabulary:
         check_same_vocabulary(ours.tokenizer, theirs.tokenizer, ours.config, theirs.config)
-    target_model, draft_model = _load([ours, theirs], kind, place, trust_remote_code)
+    target_model, draft_model = _load([ours, theirs], kind, place, runner, precision, trust_remote_code)
     return target_model, draft_model, ours.tokenizer, theirs.tokenizer
 
 
@@ -285,10 +296,12 @@ def _read_tokenizer(
 
 
 def _load(
-    checkpoints: Sequence[_Checkpoint], dtype: torch.dtype | Literal["auto"], device: str, trust_remote_code: bool
-) -> list[PreTrainedModel]:
+    checkpoints: Sequence[_Checkpoint], dtype: torch.dtype | Literal["auto"], device: str, runner: str,
+    precision: str | None, trust_remote_code: bool,
+) -> list[PreTrainedModel]:  # fmt: skip
     """The models, after their memory was checked together: first by the shard index, then by the weights' headers."""
     from specbeam.hub import fetch
+    from specbeam.runners.choose import want_runner
 
     _check_memory(checkpoints, dtype, device)
     checkpoints = [
@@ -300,7 +313,10 @@ def _load(
     for checkpoint in checkpoints:
         weight_files(checkpoint.name, checkpoint.folder)
     _check_memory(checkpoints, dtype, device)
-    return [_load_weights(checkpoint, dtype, device, trust_remote_code) for checkpoint in checkpoints]
+    loaded = [_load_weights(checkpoint, dtype, device, trust_remote_code) for checkpoint in checkpoints]
+    for model in loaded:
+        want_runner(model, runner, precision)
+    return loaded
 
 
 def _load_weights(

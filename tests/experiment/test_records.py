@@ -120,7 +120,7 @@ def test_a_trace_without_its_row_is_dropped(tmp_path: Path) -> None:
 
 
 def test_the_environment_names_versions_processor_and_load() -> None:
-    found = records.environment("cpu", "float32", ["specbeam", "compare"])
+    found = records.environment("cpu", "float32", {"target": "eager"}, ["specbeam", "compare"])
     assert found["torch"] and found["transformers"] and found["cores"] >= 1 and found["cpu"]
     assert found["command"] == ["specbeam", "compare"]
     json.dumps(found)

@@ -22,6 +22,7 @@ from specbeam.drafting import Settings
 from specbeam.drafting.draft_model import DraftModel
 from specbeam.drafting.draft_model import make as make_draft_model
 from specbeam.errors import InputError
+from specbeam.runners.choose import want_runner, wanted_runner
 
 _cut: WeakKeyDictionary[PreTrainedModel, dict[int, PreTrainedModel]] = WeakKeyDictionary()
 
@@ -51,6 +52,7 @@ def exit_early(target: PreTrainedModel, layers: int | None = None) -> PreTrained
             raise InputError(f"drafter=early_exit needs one list of {total} layers, and {name} has {len(paths)}: "
                              "use another drafter.")
         made[layers] = _shallow(target, paths[0].split("."), layers)
+    want_runner(made[layers], *wanted_runner(target))
     return made[layers]
 
 

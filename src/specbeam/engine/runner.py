@@ -1,8 +1,10 @@
-"""One forward of a transformers model over the slots, as a function of tensors."""
+"""One forward of a model over the slots, as a function of tensors, and who runs it: the transformers model itself
+("eager", here), or a backend of specbeam/runners."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,6 +12,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specbeam.engine.cache import SlotCache
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Who runs an adapter's forwards.
+
+    open(adapter, rows, capacity): slots with SlotCache's `capacity`, `view`, `slots`, `span`, `resize`, `keep_rows`;
+    forward: as `forward` below.
+    """
+
+    name: str
+    open: Callable[[Adapter, int, int], Any]
+    forward: Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -26,6 +41,7 @@ class Adapter:
     absolute: bool  # positions beyond `context` do not exist (learned table)
     rope_limit: int | None  # rotary scaling that changes for the whole batch beyond this length
     rope_restarts: bool  # beyond rope_limit all is well again if every row lies there from the start (longrope)
+    runner: Runner = field(default_factory=lambda: EAGER)
 
     @property
     def name(self) -> str:
@@ -41,13 +57,22 @@ def embedding(model: Any) -> Tensor:
     return model.get_input_embeddings().weight
 
 
-def forward(adapter: Adapter, cache: SlotCache, tokens: Tensor, positions: Tensor, visible: Tensor,
+def forward(adapter: Adapter, cache: Any, tokens: Tensor, positions: Tensor, visible: Tensor,
             near: Tensor | None, keep: Tensor | None) -> Tensor:
     """Logits [rows, new or 1, vocabulary] of new tokens; their keys and values go to `cache.slots`.
 
     tokens, positions: [rows, new] long. visible: [rows, new, view] bool, the slots each token attends to; near: the
     same within the sliding window. keep: [rows] long, the one token of each row whose logits are wanted; None: all.
     """
+    return adapter.runner.forward(adapter, cache, tokens, positions, visible, near, keep)
+
+
+def _open(adapter: Adapter, rows: int, capacity: int) -> SlotCache:
+    return SlotCache(rows, capacity, adapter.device, adapter.strict)
+
+
+def _eager(adapter: Adapter, cache: SlotCache, tokens: Tensor, positions: Tensor, visible: Tensor,
+           near: Tensor | None, keep: Tensor | None) -> Tensor:
     wanted, place = {}, keep
     if keep is not None and adapter.keeps == "row":
         wanted, place = {"logits_to_keep": keep[:, None]}, None
@@ -61,6 +86,9 @@ def forward(adapter: Adapter, cache: SlotCache, tokens: Tensor, positions: Tenso
     if place is not None:
         logits = logits.gather(1, place[:, None, None].expand(-1, 1, logits.shape[-1]))
     return logits
+
+
+EAGER: Runner = Runner("eager", _open, _eager)
 
 
 def _mask(adapter: Adapter, visible: Tensor, near: Tensor | None) -> Tensor | dict[str, Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import product
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specbeam.engine.runner import Adapter, embedding
+from specbeam.engine.runner import Adapter, Runner, embedding
 from specbeam.engine.tree import Tips, TokenTree, branches, chain, leaves
 from specbeam.errors import InputError
 
@@ -38,8 +38,12 @@ def adapt(model: PreTrainedModel) -> Adapter:
     key = (model.dtype, model.device, getattr(_text_config(model), "_attn_implementation", None))
     if model not in _found or _found[model][0] != key:
         adapter = _probe(model)
-        _found[model] = (key, {f.name: getattr(adapter, f.name) for f in fields(adapter) if f.name != "model"})
-    return Adapter(model=model, **_found[model][1])
+        _found[model] = (key, {f.name: getattr(adapter, f.name) for f in fields(adapter)
+                               if f.name not in ("model", "runner")})
+    from specbeam.runners.choose import runner_of
+
+    adapter = Adapter(model=model, **_found[model][1])
+    return replace(adapter, runner=runner_of(adapter))
 
 
 @contextmanager
@@ -76,6 +80,15 @@ def check_lengths(adapter: Adapter, prompt_tokens: list[int], max_new_tokens: li
             f"Prompt and answer reach {longest} tokens, but beyond {limit} the rotary scaling of the {role} "
             f"{adapter.name} changes with the longest row of the batch, so that results would depend on how tokens "
             f"are grouped: keep prompt plus max_new_tokens within {limit} tokens.")
+
+
+def runner_error(adapter: Adapter, runner: Runner) -> str | None:
+    """What is wrong with this runner's logits on the probe; None: nothing, it may be used."""
+    model = adapter.model
+    with evaluating(model), torch.no_grad():
+        wanted, gap = _plain_logits(model)
+        error = (_tree_logits(replace(adapter, runner=runner)) - wanted).abs().max().item()
+    return None if error <= _tolerance(model.dtype, wanted, gap) else f"its logits are off by {error:.2g}"
 
 
 def _text_config(model: PreTrainedModel):

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specbeam.engine.cache import SlotCache
 from specbeam.engine.runner import Adapter, forward
 
 _MOST = 4096  # slots to begin with: max_new_tokens may be far more than an answer needs
@@ -113,7 +112,7 @@ class TokenTree:
     def __init__(self, adapter: Adapter, rows: int, capacity: int):
         """`capacity` slots per row to begin with (at most _MOST of them); more are made when they are needed."""
         self.adapter, self.device = adapter, adapter.device
-        self.cache = SlotCache(rows, min(max(capacity, 1), _MOST), self.device, adapter.strict)
+        self.cache = adapter.runner.open(adapter, rows, min(max(capacity, 1), _MOST))
         self.position_of = torch.zeros(rows, self.cache.capacity, dtype=torch.long, device=self.device)
         self.high = 0  # no slot at or above it was ever written
 

@@ -8,6 +8,7 @@ from specbeam.errors import InputError
 from specbeam.experiment.loaded import Models
 from specbeam.experiment.plan import check_device_and_dtype, check_draft, check_whole, model_path, plan_methods
 from specbeam.experiment.prompts import prompts_from_config
+from specbeam.runners import check_runner
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,6 +37,7 @@ def run_audit(config: dict[str, Any], console: Console) -> int:
     draft = check_draft(methods, target, model_path(config, "draft"))
     for dtype in dtypes:
         check_device_and_dtype(config["device"], dtype)
+    check_runner(config["runner"] or "auto")
     prompts = prompts_from_config(config)
 
     from specbeam.audit import audit
@@ -43,7 +45,7 @@ def run_audit(config: dict[str, Any], console: Console) -> int:
     def load(dtype: str) -> Models:
         with console.status(f"loading models in {dtype}"):
             same = any(method.same_vocabulary for method in methods)
-            models = Models(target, draft, config["device"], dtype, same_vocabulary=same)
+            models = Models(target, draft, config["device"], dtype, same, config["runner"])
         models.check(methods)
         return models
 

@@ -18,6 +18,7 @@ from specbeam.experiment.plan import (
     model_path,
     plan_method,
 )
+from specbeam.runners import check_runner
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from specbeam.experiment.plan import PlannedMethod
     from specbeam.trace import Hypothesis, RowTrace
 
-KEYS = ("target", "draft", "method", "system_prompt", "max_new_tokens", "seed", "device", "dtype", "debug")
+KEYS = ("target", "draft", "method", "system_prompt", "max_new_tokens", "seed", "device", "dtype", "runner", "debug")
 
 
 def generate(prompt: str, config: dict[str, Any], console: Console) -> int:
@@ -36,8 +37,9 @@ def generate(prompt: str, config: dict[str, Any], console: Console) -> int:
         raise InputError("target.path is null: give bundled, a folder or a hub id.")
     draft = check_draft((method,), target, model_path(config, "draft"))
     check_device_and_dtype(config["device"], config["dtype"])
+    check_runner(config["runner"] or "auto")
     with console.status("loading models"):
-        models = Models(target, draft, config["device"], config["dtype"], same_vocabulary=method.same_vocabulary)
+        models = Models(target, draft, config["device"], config["dtype"], method.same_vocabulary, config["runner"])
     models.check((method,))
     rendered = models.render([prompt], config["system_prompt"])
     if config["debug"].get("render_input_text"):

@@ -48,6 +48,7 @@ def judge(
         "draft": plan.draft,
         "device": facts["device"],
         "dtype": facts["dtype"],
+        "runner": facts["runner"],
         "batch_size": plan.batch_size,
         "notes": notes,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from specbeam.errors import InputError
@@ -19,8 +20,9 @@ class Models:
     and then says whether this one does."""
 
     def __init__(
-        self, target: str, draft: str | None, device: str | None, dtype: str | None, same_vocabulary: bool = True
-    ):
+        self, target: str, draft: str | None, device: str | None, dtype: str | None, same_vocabulary: bool = True,
+        runner: str | None = None,
+    ):  # fmt: skip
         from transformers.utils import logging
 
         from specbeam import models
@@ -28,13 +30,13 @@ class Models:
         # the run has its own progress, and says what matters itself
         logging.disable_progress_bar()
         logging.set_verbosity_error()
-        device, dtype = device or "auto", dtype or "auto"
+        options: dict[str, Any] = {"device": device or "auto", "dtype": dtype or "auto", "runner": runner or "auto"}
         self.draft = self.draft_tokenizer = None
         if draft is None:
-            self.target, self.tokenizer = models.load_model(target, device=device, dtype=dtype)
+            self.target, self.tokenizer = models.load_model(target, **options)
         else:
             self.target, self.draft, self.tokenizer, self.draft_tokenizer = models.load_pair_with_tokenizers(
-                target, draft, same_vocabulary=same_vocabulary, device=device, dtype=dtype
+                target, draft, same_vocabulary=same_vocabulary, **options
             )
             same_vocabulary = same_vocabulary or self.tokenizer.get_vocab() == self.draft_tokenizer.get_vocab()
         self.same_vocabulary = same_vocabulary
@@ -66,6 +68,16 @@ class Models:
                     f"{place}a proposal may have {settings.most_nodes} nodes, but the target has a context of "
                     f"{context} positions: give smaller branching, tree_nodes or draft_length."
                 )
+
+    def runners(self) -> dict[str, str]:
+        """Who runs target and draft; a model that only the baselines can run has none of ours."""
+        from specbeam.engine.support import adapt
+
+        used = {}
+        for role, model in (("target", self.target), ("draft", self.draft)):
+            with suppress(InputError):
+                used[role] = "" if model is None else adapt(model).runner.name
+        return {role: name for role, name in used.items() if name}
 
     def generate(
         self, method: PlannedMethod, batch: RenderedBatch, seeds: list[int], **changes: Any

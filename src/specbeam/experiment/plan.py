@@ -14,6 +14,7 @@ from specbeam.errors import InputError
 from specbeam.experiment.compose import nearest
 from specbeam.experiment.prompts import Prompt, prompts_from_config
 from specbeam.models import check_path
+from specbeam.runners import check_runner
 
 TOP_KEYS = (
     "target",
@@ -29,6 +30,7 @@ TOP_KEYS = (
     "seed",
     "device",
     "dtype",
+    "runner",
     "debug",
     "wandb",
     "output_dir",
@@ -207,6 +209,7 @@ def make_plan(config: dict[str, Any]) -> Plan:
     draft = check_draft(methods, target, model_path(config, "draft"))
     prompts = prompts_from_config(config)
     check_device_and_dtype(config.get("device"), config.get("dtype"))
+    check_runner(config.get("runner") or "auto")
     return Plan(methods, tuple(prompts), config["batch_size"], config["repeats"], config["seed"], target, draft)
 
 

@@ -226,7 +226,7 @@ def _replace(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def environment(device: str, dtype: str, command: list[str]) -> dict[str, Any]:
+def environment(device: str, dtype: str, runner: dict[str, str], command: list[str]) -> dict[str, Any]:
     """Where the numbers come from: versions, commit, processor, load, accelerator."""
     import torch
 
@@ -244,6 +244,7 @@ def environment(device: str, dtype: str, command: list[str]) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "device": device,
         "dtype": dtype,
+        "runner": runner,
         "command": command,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }

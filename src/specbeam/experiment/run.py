@@ -50,7 +50,7 @@ def compare(config: dict[str, Any], command: list[str], console: Console) -> int
 
     with console.status("loading models"):
         same = any(method.same_vocabulary for method in plan.methods)
-        models = Models(plan.target, plan.draft, config["device"], config["dtype"], same_vocabulary=same)
+        models = Models(plan.target, plan.draft, config["device"], config["dtype"], same, config["runner"])
     models.check(plan.methods)
     # Only now, when nothing can be refused any more, something is written.
     resolved = resolve(plan, models)
@@ -99,6 +99,7 @@ def resolve(plan: Plan, models: Models) -> dict[str, Any]:
     return {
         "device": str(target.device),
         "dtype": str(target.dtype).removeprefix("torch."),
+        "runner": models.runners(),
         "target_generation_config": own,
         "methods": methods,
     }
@@ -109,7 +110,7 @@ def record_environment(
 ) -> list[str]:
     """Write environment.json (a resumed run adds to it); the notes for the table: a machine that is not quiet."""
     path = folder / "environment.json"
-    now = records.environment(resolved["device"], resolved["dtype"], command)
+    now = records.environment(resolved["device"], resolved["dtype"], resolved["runner"], command)
     if resumed and path.exists():
         first = records.read_json(path)
         kept = {name: now[name] for name in ("started", "load_average", "command", "git_commit", "specbeam")}

@@ -69,6 +69,14 @@ def phase_shares(figures: Mapping[str, Any]) -> tuple[float, float, float] | Non
     return draft, verify, max(0.0, 1 - draft - verify)
 
 
+def _runners(summary: Mapping[str, Any]) -> str:
+    """`runner openvino, `, or both where target and draft differ (runs of older versions have none)."""
+    used = summary.get("runner") or {}
+    names = sorted(set(used.values()))
+    shown = names[0] if len(names) == 1 else " and ".join(f"{name} ({model})" for model, name in used.items())
+    return f"runner {shown}, " if names else ""
+
+
 def footnotes(summary: Mapping[str, Any]) -> list[str]:
     """What a reader of the figures must know."""
     methods = summary.get("methods") or {}
@@ -76,8 +84,9 @@ def footnotes(summary: Mapping[str, Any]) -> list[str]:
     if summary.get("device"):
         batch = summary.get("batch_size") or 1
         notes.append(f"{summary['device']}, {str(summary.get('dtype')).removeprefix('torch.')}, "
-                     f"{'one prompt at a time' if batch == 1 else f'batches of {batch}'}. tokens/s: decoding "
-                     "alone, without prefill; speed-ups: median over prompts, 95 % bootstrap interval.")
+                     f"{_runners(summary)}{'one prompt at a time' if batch == 1 else f'batches of {batch}'}. "
+                     "tokens/s: decoding alone, without prefill; speed-ups: median over prompts, 95 % bootstrap "
+                     "interval.")
     few = min((one["units"] for figures in methods.values() for one in figures.get("speedup", {}).values()
                if one.get("units")), default=FEW)
     if few < FEW:
