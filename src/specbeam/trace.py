@@ -71,8 +71,8 @@ class SearchStep:
 
 @dataclass(frozen=True)
 class SearchTree:
-    """All that a row's beam search looked at. ends: of each returned hypothesis, best first, its step and the number of
-    the candidate that ended it."""
+    """All that a row's beam search looked at. ends: of each hypothesis in the finished pool at the end, best first (the
+    first are the returned ones), its step and the number of the candidate that ended it."""
 
     steps: tuple[SearchStep, ...]
     ends: tuple[tuple[int, int], ...]
@@ -80,6 +80,15 @@ class SearchTree:
     def path(self, hypothesis: int = 0) -> list[tuple[int, int]]:
         """(step, candidate) of each of a hypothesis' tokens, from the first to the last."""
         return self.path_to(*self.ends[hypothesis])
+
+    def finished(self, hypothesis: int = 0) -> Candidate:
+        """The candidate that ended a hypothesis."""
+        step, number = self.ends[hypothesis]
+        return self.steps[step].candidates[number]
+
+    def tokens(self, hypothesis: int = 0) -> list[int]:
+        """A hypothesis, read off the tree."""
+        return [self.steps[step].candidates[number].token for step, number in self.path(hypothesis)]
 
     def path_to(self, step: int, number: int) -> list[tuple[int, int]]:
         """(step, candidate) of a candidate and of all that it continues."""
@@ -109,11 +118,11 @@ REASONS = ("length", "eos", "stop")  # how a hypothesis ends
 _NOTHING = -5.0e8  # a score below: no hypothesis stands there
 
 
-def search_trees(watched: Sequence[tuple[dict[int, int], Any, Any]], returned: Sequence[int]) -> list[SearchTree]:
+def search_trees(watched: Sequence[tuple[dict[int, int], Any, Any]], rows: int) -> list[SearchTree]:
     """The tree of each row of a batch. watched: of each beam step the round of each row that it stepped, whose step it
-    was ([rows] bool; None: everyone's) and what was ranked (beam.Ranked). returned: hypotheses of each row."""
-    steps: list[list[SearchStep]] = [[] for _ in returned]
-    pools: list[list[tuple[int, int]]] = [[] for _ in returned]
+    was ([rows] bool; None: everyone's) and what was ranked (beam.Ranked)."""
+    steps: list[list[SearchStep]] = [[] for _ in range(rows)]
+    pools: list[list[tuple[int, int]]] = [[] for _ in range(rows)]
     for rounds, active, ranked in watched:
         stepped = [True] * len(rounds) if active is None else active.tolist()
         columns = {name: values.tolist() for name, values in vars(ranked).items()}
@@ -132,5 +141,6 @@ def search_trees(watched: Sequence[tuple[dict[int, int], Any, Any]], returned: S
                 for j, (token, origin, score, reason) in enumerate(zip(
                     own["tokens"], own["origins"], own["scores"], own["reasons"], strict=True))]
             steps[row].append(SearchStep(number, tuple(candidates)))
-    return [SearchTree(tuple(own), tuple(pool[:count]))
-            for own, pool, count in zip(steps, pools, returned, strict=True)]
+    return [SearchTree(tuple(own), tuple((step, j) for step, j in pool if step >= 0
+                                         and own[step].candidates[j].finished_score is not None))
+            for own, pool in zip(steps, pools, strict=True)]

@@ -89,7 +89,8 @@ def test_a_run_folder_has_every_file_and_one_row_for_each_answer(
     assert compare(folder, *pair, f"prompt_set.path={prompt_file}", "prompt_set.limit=null") == 0
     names = {path.name for path in folder.iterdir()}
     assert names == {
-        "config.yaml", "environment.json", "prompts.jsonl", "rows.jsonl", "trace.jsonl", "summary.json", "report.html",
+        "config.yaml", "environment.json", "prompts.jsonl", "rows.jsonl", "trace.jsonl", "beams.jsonl", "summary.json",
+        "report.html",
     }  # fmt: skip
 
     rows = rows_of(folder)
@@ -293,3 +294,27 @@ def test_quality_figures_that_cannot_be_had_do_not_lose_the_run(
     assert compare(tmp_path / "run", *pair, "prompts=[one]", "only=[greedy]") == 0
     notes = json.loads((tmp_path / "run" / "summary.json").read_text())["notes"]
     assert any("Quality figures are missing: MemoryError: too large" in note for note in notes)
+
+
+def test_search_trees_are_kept_for_the_first_repeat_and_hold_the_answers(pair, tmp_path):
+    assert compare(tmp_path / "run", *pair, "only=[beam,speculative_beam,transformers_beam]",
+                   "prompts=['Tell me of a fox.','Why?']", "batch_size=2") == 0
+    lines = records.read_lines(tmp_path / "run" / "beams.jsonl")
+    assert Counter(line["method"] for line in lines) == {"beam": 2, "speculative_beam": 2}
+    rows = {(row["method"], row["prompt_id"]): row for row in rows_of(tmp_path / "run") if row["repeat"] == 0}
+    for line in lines:
+        row, best = rows[line["method"], line["prompt_id"]], line["hypotheses"][0]
+        for name in ("tokens", "text", "finish_reason"):
+            assert best[name] == row[name]
+        assert best["score"] == pytest.approx(row["score"])
+        assert row["beam_gap"] == pytest.approx(best["score"] - line["hypotheses"][1]["score"])
+        for step in line["steps"]:
+            assert len({len(column) for name, column in step.items() if name != "round"}) == 1
+    summary = records.read_json(tmp_path / "run" / "summary.json")["methods"]
+    assert summary["beam"]["beam_gap"] == pytest.approx(summary["speculative_beam"]["beam_gap"])
+    assert 0 < summary["beam"]["beam_distinct_2"] <= 1 and summary["transformers_beam"]["beam_gap"] is None
+
+
+def test_without_trace_there_is_no_beams_file(pair, tmp_path):
+    assert compare(tmp_path / "run", *pair, "only=[beam]", "prompts=['Why?']", "trace=false", "repeats=1") == 0
+    assert not (tmp_path / "run" / "beams.jsonl").exists()

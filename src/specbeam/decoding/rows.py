@@ -87,6 +87,8 @@ class Batch:
             if state.finish_reason is not None:
                 break
         if self.request.streamer is not None:
+            if hasattr(self.request.streamer, "sources"):  # it wants to know where the tokens come from
+                self.request.streamer.sources(state.sources[before:])
             self.request.streamer.put(torch.tensor(state.tokens[before:]))
         return len(state.tokens) - before
 
@@ -145,7 +147,7 @@ class Batch:
                 prefill_seconds=self.clock.seconds(self.started, self.prefilled),
                 decode_seconds=self.clock.seconds(self.prefilled, ended),
                 draft_seconds=seconds["draft"] if drafts else None, verify_seconds=seconds["verify"])
-            for row in self.rows], search_trees(self.watched, list(map(len, hypotheses))) if self.watched else None)
+            for row in self.rows], search_trees(self.watched, len(self.rows)) if self.watched else None)
 
 
 def stops(criteria: StoppingCriteriaList, sequence: list[int], device: torch.device) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from rich.text import Text
+
 from specbeam.decoding import METHODS
 from specbeam.errors import InputError
 from specbeam.experiment.compose import nearest
@@ -18,13 +20,15 @@ from specbeam.experiment.plan import (
     model_path,
     plan_method,
 )
+from specbeam.experiment.streaming import TokenStream, legend
+from specbeam.metrics.beams import beam_figures
 from specbeam.runners import check_runner
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from specbeam.experiment.plan import PlannedMethod
-    from specbeam.trace import Hypothesis, RowTrace
+    from specbeam.trace import GenerationOutput, Hypothesis, RowTrace
 
 KEYS = ("target", "draft", "method", "system_prompt", "max_new_tokens", "seed", "device", "dtype", "runner", "debug")
 
@@ -55,15 +59,31 @@ def generate(prompt: str, config: dict[str, Any], console: Console) -> int:
             highlight=False,
             soft_wrap=True,
         )
-    else:
-        from transformers import TextStreamer
+        if output.search is not None:
+            from specbeam.report.beam_tree import beam_tree
 
-        streamer = TextStreamer(models.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        output = models.generate(method, rendered, [config["seed"]], streamer=streamer)
-    console.print(
-        figures(method, output.trace[0], output.hypotheses[0][0]), style="dim", highlight=False, soft_wrap=True
-    )
+            tokenizer, returned = models.tokenizer, len(output.hypotheses[0])
+            console.print(beam_tree(output.search[0], lambda token: str(tokenizer.decode([token])), returned))
+    else:
+        output = models.generate(method, rendered, [config["seed"]], streamer=TokenStream(models.tokenizer, console))
+    trace, best = output.trace[0], output.hypotheses[0][0]
+    line = Text(figures(method, trace, best), style="dim")
+    if method.method.family != "beam" and console.is_terminal:
+        line.append_text(legend(trace.sources))
+    if beams := beam_words(output):
+        line.append(beams)
+    console.print(line, highlight=False, soft_wrap=True)
     return 0
+
+
+def beam_words(output: GenerationOutput) -> str:
+    """How far ahead the best hypothesis was, and how different the beams are."""
+    found = beam_figures(output.hypotheses[0], output.search[0] if output.search else None)
+    if found["beam_gap"] is None:
+        return ""
+    pairs = found["beam_distinct"][1]
+    distinct = f" · {pairs:.0%} of the beams' token pairs distinct" if pairs else ""
+    return f" · {found['beam_gap']:.3f} ahead of the second{distinct}"
 
 
 def plan_answer(prompt: str, config: dict[str, Any]) -> PlannedMethod:
@@ -76,7 +96,7 @@ def plan_answer(prompt: str, config: dict[str, Any]) -> PlannedMethod:
     check_debug(config["debug"])
     settings = {key: value for key, value in config.items() if key not in KEYS}
     for key in settings:
-        known = [*KEYS, *METHODS["speculative"].options, *METHODS["speculative_beam"].options, *generation_options()]
+        known = [*KEYS, *(option for row in METHODS.values() for option in row.options), *generation_options()]
         if key not in known:
             raise InputError(f"There is no key {key!r}{nearest(key, known)}: specbeam generate --help lists them.")
     return plan_method("", {"kind": config["method"], **settings}, config["max_new_tokens"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -32,6 +32,7 @@ TOP_KEYS = (
     "dtype",
     "runner",
     "debug",
+    "trace",
     "wandb",
     "output_dir",
     "experiment",
@@ -203,6 +204,9 @@ def make_plan(config: dict[str, Any]) -> Plan:
         )
     check_debug(config["debug"])
     methods = plan_methods(config.get("methods"), config.get("only"), config["max_new_tokens"])
+    check_switch("trace", config.get("trace", False))
+    if config.get("trace"):
+        methods = tuple(traced(method) for method in methods)
     target = model_path(config, "target")
     if target is None:
         raise InputError("target.path is null: give the bundled target (bundled), a folder or a hub id.")
@@ -211,6 +215,14 @@ def make_plan(config: dict[str, Any]) -> Plan:
     check_device_and_dtype(config.get("device"), config.get("dtype"))
     check_runner(config.get("runner") or "auto")
     return Plan(methods, tuple(prompts), config["batch_size"], config["repeats"], config["seed"], target, draft)
+
+
+def traced(method: PlannedMethod) -> PlannedMethod:
+    """The method with its search tree kept, if it searches one and its settings do not say otherwise."""
+    several = (method.options.get("num_beams") or DEFAULT_BEAMS) > 1
+    if "trace" in method.method.options and "trace" not in method.options and several:
+        return replace(method, options={**method.options, "trace": True})
+    return method
 
 
 def check_keys(config: dict[str, Any]) -> None:
@@ -283,6 +295,8 @@ def plan_method(label: str, settings: Any, max_new_tokens: int) -> PlannedMethod
             f"{place}num_return_sequences is {returned}, but num_beams is {beams}: there are only as "
             "many hypotheses as beams."
         )
+    if options.get("trace") and beams == 1:
+        raise InputError(f"{place}trace keeps the search tree of beam search, and num_beams is 1: leave it out.")
     if kind == "speculative":
         check_speculation(place, options)
     if kind == "speculative_beam" and (options.get("draft_beams") or beams) < beams:
@@ -359,6 +373,9 @@ def check_option_name(place: str, kind: str, method: Method, name: str) -> None:
         raise InputError(f"{place}{name} has no effect: {kind} keeps one hypothesis; the kinds {beams} keep more.")
     if name == "num_return_sequences" and method.family != "beam":
         raise InputError(f"{place}num_return_sequences has no effect: {kind} gives one answer; use more repeats.")
+    if name == "trace":
+        traceable = ", ".join(other for other, row in METHODS.items() if "trace" in row.options)
+        raise InputError(f"{place}trace has no effect: it keeps the search tree of the kinds {traceable}.")
     known = [*method.options, *(option for option in generation_options() if option not in RESERVED)]
     if name not in known:
         raise InputError(
@@ -386,6 +403,8 @@ def check_option_value(place: str, kind: str, name: str, value: Any) -> None:
         strings = [value] if isinstance(value, str) else value
         if not (isinstance(strings, list) and strings and all(isinstance(one, str) and one for one in strings)):
             raise InputError(f"{place}stop_strings is {value!r}: give a string or a list of strings, none empty.")
+    if name == "trace":
+        check_switch(f"{place}trace", value)
     if name == "early_stopping" and not (isinstance(value, bool) or value == "never"):
         raise InputError(f"{place}early_stopping is {value!r}: use true, false or never.")
     adapts = name == "draft_length" and kind in ("speculative", "speculative_beam")
@@ -447,9 +466,12 @@ def in_words(names: Sequence[str]) -> str:
 
 
 def check_debug(debug: Any) -> None:
-    shown = debug.get("render_input_text") if isinstance(debug, dict) else debug
-    if not isinstance(shown, bool):
-        raise InputError(f"debug.render_input_text is {shown!r}: use true or false.")
+    check_switch("debug.render_input_text", debug.get("render_input_text") if isinstance(debug, dict) else debug)
+
+
+def check_switch(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise InputError(f"{name} is {value!r}: use true or false.")
 
 
 def check_device_and_dtype(device: Any, dtype: Any) -> None:

@@ -1,4 +1,4 @@
-"""The run folder: config.yaml, environment.json, prompts.jsonl, rows.jsonl, trace.jsonl, summary.json.
+"""The run folder: config.yaml, environment.json, prompts.jsonl, rows.jsonl, trace.jsonl, beams.jsonl, summary.json.
 
 `rows.jsonl` is the record of truth: a row is there once it is flushed, whatever happens next.
 """
@@ -20,7 +20,7 @@ from specbeam.errors import InputError
 from specbeam.experiment.compose import flatten
 
 # Keys that change nothing about the rows: a resumed run may differ in them.
-FREE_KEYS = ("output_dir", "wandb", "debug")
+FREE_KEYS = ("output_dir", "wandb", "debug", "trace")
 
 RowKey = tuple[str, str, int, int]
 
@@ -148,8 +148,10 @@ def keep_finished(folder: Path, cells: Iterable[list[RowKey]]) -> list[dict[str,
     whole = {key for keys in cells if all(key in rows for key in keys) for key in keys}
     kept = [row for key, row in rows.items() if key in whole]
     write_lines(folder / "rows.jsonl", kept)
-    traces = [trace for trace in read_traces(folder) if (*trace_key(trace), 0) in whole]
-    write_lines(folder / "trace.jsonl", traces)
+    for name in ("trace.jsonl", "beams.jsonl"):
+        traces = [trace for trace in read_traces(folder, name) if (*trace_key(trace), 0) in whole]
+        if traces or (folder / name).exists():
+            write_lines(folder / name, traces)
     return kept
 
 
@@ -157,9 +159,10 @@ def trace_key(trace: dict[str, Any]) -> tuple[str, str, int]:
     return trace["method"], trace["prompt_id"], trace["turn"]
 
 
-def read_traces(folder: Path) -> list[dict[str, Any]]:
-    """The whole lines of trace.jsonl; a line that cannot be read is left out (the rows are the record)."""
-    path = folder / "trace.jsonl"
+def read_traces(folder: Path, name: str = "trace.jsonl") -> list[dict[str, Any]]:
+    """The whole lines of trace.jsonl (or beams.jsonl), the last of each answer; a line that cannot be read is left out
+    (the rows are the record)."""
+    path = folder / name
     traces: dict[tuple[str, str, int], dict[str, Any]] = {}
     for line in path.read_bytes().split(b"\n") if path.exists() else []:
         try:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from specbeam.errors import InputError
 from specbeam.experiment.prompts import Conversation, Prompt
+from specbeam.metrics.beams import beam_figures
 
 if TYPE_CHECKING:
     from specbeam.experiment.plan import Cell
     from specbeam.trace import GenerationOutput, RowTrace
 
 MAX_ERROR = 400  # characters of a row's error
+IMPOSSIBLE = -1e8  # scores below stand for continuations that cannot be
 
 Answers = dict[tuple[str, str, int], str]  # (method, prompt id, turn) → text of repeat 0
 
@@ -51,6 +54,7 @@ def row_of(
         "text": tokenizer.decode(best.tokens, skip_special_tokens=True),
         "score": best.score,
         "committed": sum(r.committed for r in trace.rounds),
+        **beam_figures(output.hypotheses[index], output.search[index] if output.search else None),
     }
 
 
@@ -71,6 +75,8 @@ ROW_FIGURES = (
     "text",
     "score",
     "committed",  # tokens of all rounds; of beam search: steps
+    "beam_gap",  # score of the best hypothesis less that of the second
+    "beam_distinct",  # parts of the hypotheses' single tokens and of their pairs that are distinct
 )
 
 
@@ -156,6 +162,41 @@ def trace_of(
             for h in hypotheses
         ],
     }
+
+
+def search_of(
+    cell: Cell, prompt: Prompt, batch_id: str, output: GenerationOutput, index: int, tokenizer: Any
+) -> dict[str, Any]:
+    """A line of beams.jsonl: the search tree of an answer, one list a column (docs/beams.md)."""
+    assert output.search is not None
+    tree, pieces = output.search[index], functools.cache(lambda token: tokenizer.decode([token]))
+    who = identity(cell, prompt, batch_id)
+    del who["repeat"]
+    steps = []
+    for number, step in enumerate(tree.steps):
+        last = max(j for j, one in enumerate(step.candidates) if j == 0 or one.survived_as is not None
+                   or (number, j) in tree.ends or one.score > IMPOSSIBLE)
+        kept = step.candidates[: last + 1]
+        steps.append({
+            "round": step.round,
+            "tokens": [one.token for one in kept],
+            "pieces": [pieces(one.token) for one in kept],
+            "beams": [one.beam for one in kept],
+            "scores": [_rounded(one.score) for one in kept],
+            "survived_as": [one.survived_as for one in kept],
+            "finish_reasons": [one.finish_reason for one in kept],
+            "finished_scores": [_rounded(one.finished_score) for one in kept],
+        })
+    hypotheses = [{"step": end[0], "candidate": end[1], "tokens": tree.tokens(place),
+                   "text": tokenizer.decode(tree.tokens(place), skip_special_tokens=True),
+                   "score": tree.finished(place).finished_score, "finish_reason": tree.finished(place).finish_reason}
+                  for place, end in enumerate(tree.ends)]
+    return {**who, "returned": len(output.hypotheses[index]), "steps": steps, "hypotheses": hypotheses}
+
+
+def _rounded(score: float | None) -> float | None:
+    """To be written as JSON, which knows no infinity."""
+    return None if score is None or score < IMPOSSIBLE else round(score, 5)
 
 
 def one_line(error: BaseException) -> str:

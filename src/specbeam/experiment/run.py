@@ -17,7 +17,16 @@ from specbeam.experiment.loaded import Models
 from specbeam.experiment.plan import SAMPLING_OPTIONS, Cell, Plan, make_plan
 from specbeam.experiment.progress import Progress
 from specbeam.experiment.prompts import Prompt
-from specbeam.experiment.rows import Answers, conversation_of, failed_row, one_line, remember, row_of, trace_of
+from specbeam.experiment.rows import (
+    Answers,
+    conversation_of,
+    failed_row,
+    one_line,
+    remember,
+    row_of,
+    search_of,
+    trace_of,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -154,11 +163,13 @@ def run_cells(
                 if config["debug"]["render_input_text"]:
                     show_inputs(cell, models, config, answers, shown, progress.console)
                 gc.collect()  # rather here than in the middle of a timed region
-                new, traces = run_cell(cell, plan, models, config, answers)
+                new, traces, searches = run_cell(cell, plan, models, config, answers)
                 for row in new:
                     remember(answers, row)
                 if traces:
                     records.append_lines(folder / "trace.jsonl", traces)
+                if searches:
+                    records.append_lines(folder / "beams.jsonl", searches)
                 records.append_lines(folder / "rows.jsonl", new)
                 rows += new
                 progress.advance()
@@ -186,11 +197,11 @@ def warm_up(plan: Plan, cells: list[Cell], models: Models, config: dict[str, Any
 
 def run_cell(
     cell: Cell, plan: Plan, models: Models, config: dict[str, Any], answers: Answers
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows and (of the first repeat) traces of one cell. What goes wrong becomes failed rows."""
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows and (of the first repeat) traces and search trees of one cell. What goes wrong becomes failed rows."""
     groups = [cell.prompts] if cell.method.method.batched else [(prompt,) for prompt in cell.prompts]
     rows: dict[str, dict[str, Any]] = {}
-    traces = []
+    traces, searches = [], []
     for group in groups:
         batch_id = cell.batch_id if cell.method.method.batched else f"{cell.batch_id}/{group[0].id}"
         fitting: list[Prompt] = []
@@ -211,12 +222,15 @@ def run_cell(
                 rows[prompt.id] = row_of(cell, prompt, batch_id, output, index, models.tokenizer)
                 if cell.repeat == 0:
                     traces.append(trace_of(cell, prompt, batch_id, output, index, models.tokenizer))
+                    if output.search is not None:
+                        searches.append(search_of(cell, prompt, batch_id, output, index, models.tokenizer))
         except Exception as error:
             traces = [trace for trace in traces if trace["batch_id"] != batch_id]
+            searches = [search for search in searches if search["batch_id"] != batch_id]
             for prompt in fitting:
                 rows[prompt.id] = failed_row(cell, prompt, batch_id, one_line(error))
             release_memory()
-    return [rows[prompt.id] for prompt in cell.prompts], traces
+    return [rows[prompt.id] for prompt in cell.prompts], traces, searches
 
 
 def unanswerable(cell: Cell, prompt: Prompt, models: Models, config: dict[str, Any], answers: Answers) -> str | None:

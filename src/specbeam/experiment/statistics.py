@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from specbeam.decoding import METHODS, method_family
+from specbeam.metrics.beams import beam_summary
 from specbeam.metrics.exactness import first_difference
 from specbeam.metrics.speed import (
     acceptance_by_position,
@@ -178,6 +179,8 @@ def _figures(
         "bleu": None,
         "perplexity": None,
     }
+    if family == "beam":
+        figures |= beam_summary(rows)
     for baseline in compared:
         figures["speedup"][baseline] = _speedup(rows, by_label[baseline], seed)
     answers = {name: _answers(by_label[name]) for name in (label, *compared)}

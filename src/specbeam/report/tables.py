@@ -26,6 +26,8 @@ def summary_table(methods: Methods) -> str:
         ("same output", same_output),
         ("BLEU", lambda f: _number(f.get("bleu"), ".1f")),
         ("perplexity", lambda f: _number(f.get("perplexity"), ",.2f")),
+        ("gap to 2nd beam", lambda f: _number(f.get("beam_gap"), ".3f")),
+        ("beams’ distinct pairs", lambda f: _number(f.get("beam_distinct_2"), ".0%")),
         ("prefill, ms", lambda f: _number(f.get("prefill_seconds"), ",.1f", 1000)),
         ("new tokens", lambda f: _number(f.get("new_tokens"), ",d")),
         ("failed rows", lambda f: _number(f.get("failed"), "d")),

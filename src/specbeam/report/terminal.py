@@ -144,6 +144,10 @@ def _columns(methods: Mapping[str, Mapping[str, Any]], intervals: bool, phases: 
         shares = phase_shares(figures)
         return "–" if shares is None else "/".join(f"{100 * share:.0f}" for share in shares) + " %"
 
+    def beams(figures: Mapping[str, Any]) -> str:
+        gap, distinct = figures.get("beam_gap"), figures.get("beam_distinct_2")
+        return "–" if gap is None else f"{gap:.3f}" + (f"/{distinct:.0%}" if distinct is not None else "")
+
     drafts = phases and any(figures.get("draft_share") for figures in methods.values())
     failures = any(figures.get("failed") for figures in methods.values())
     columns: list[tuple[str, Cell]] = [
@@ -153,6 +157,7 @@ def _columns(methods: Mapping[str, Mapping[str, Any]], intervals: bool, phases: 
         ("accepted\nlength", number("mean_accepted_length", ".2f")),
         ("accept.\nrate", number("acceptance_rate", ".0%")),
         *([("draft/verify\n/rest of time", split)] if drafts else []),
+        *([("2nd beam’s gap\n/distinct pairs", beams)] if phases else []),
         ("same\noutput", same_output),
         ("BLEU", number("bleu", ".1f")),
         ("perplexity", number("perplexity", ",.2f")),
