@@ -96,7 +96,7 @@ def test_a_beam_that_hangs_below_the_wrong_node_is_a_real_difference(monkeypatch
 
     def crossed(*args):
         beams, behind, steps, over = honest(*args)
-        return beams, behind.flip(1), steps, over
+        return beams, [nodes[::-1] for nodes in behind], steps, over
 
     monkeypatch.setattr(speculative_beam, "_replay", crossed)
     assert tokens_of(KINDS["beam"]).verdict == "different"

@@ -114,33 +114,27 @@ class GenerationOutput:
         return [row[0].tokens for row in self.hypotheses]
 
 
-REASONS = ("length", "eos", "stop")  # how a hypothesis ends
 _NOTHING = -5.0e8  # a score below: no hypothesis stands there
 
 
-def search_trees(watched: Sequence[tuple[dict[int, int], Any, Any]], rows: int) -> list[SearchTree]:
-    """The tree of each row of a batch. watched: of each beam step the round of each row that it stepped, whose step it
-    was ([rows] bool; None: everyone's) and what was ranked (beam.Ranked)."""
+def search_trees(watched: Sequence[tuple[dict[int, int], Any]], rows: int) -> list[SearchTree]:
+    """The tree of each row of a batch. watched: of each beam step the round of each row that it stepped, and what was
+    ranked (beam.Ranked)."""
     steps: list[list[SearchStep]] = [[] for _ in range(rows)]
     pools: list[list[tuple[int, int]]] = [[] for _ in range(rows)]
-    for rounds, active, ranked in watched:
-        stepped = [True] * len(rounds) if active is None else active.tolist()
-        columns = {name: values.tolist() for name, values in vars(ranked).items()}
-        for i, (row, number) in enumerate(rounds.items()):
-            if not stepped[i]:
-                continue
-            own = {name: values[i] for name, values in columns.items()}
-            width, now = len(own["chosen"]), len(steps[row])
+    for rounds, ranked in watched:
+        for (row, number), tokens, origins, scores, reasons, chosen, pool, pool_scores in zip(
+                rounds.items(), *ranked, strict=True):
+            width, now = len(chosen), len(steps[row])
             before = pools[row] or [(-1, -1)] * width
-            pools[row] = [(before + [(now, j) for j in range(len(own["tokens"]))])[place] for place in own["pool"]]
-            finished = {j: score for (step, j), score in zip(pools[row], own["pool_scores"], strict=True)
+            pools[row] = [(before + [(now, j) for j in range(len(tokens))])[place] for place in pool]
+            finished = {j: score for (step, j), score in zip(pools[row], pool_scores, strict=True)
                         if step == now and score > _NOTHING}
-            candidates = [
-                Candidate(token, origin, score, own["chosen"].index(j) if j in own["chosen"] and reason < 0 else None,
-                          REASONS[reason] if reason >= 0 else None, finished.get(j))
+            steps[row].append(SearchStep(number, tuple(
+                Candidate(token, origin, score, chosen.index(j) if j in chosen and reason is None else None, reason,
+                          finished.get(j))
                 for j, (token, origin, score, reason) in enumerate(zip(
-                    own["tokens"], own["origins"], own["scores"], own["reasons"], strict=True))]
-            steps[row].append(SearchStep(number, tuple(candidates)))
+                    tokens, origins, scores, reasons, strict=True)))))
     return [SearchTree(tuple(own), tuple((step, j) for step, j in pool if step >= 0
                                          and own[step].candidates[j].finished_score is not None))
             for own, pool in zip(steps, pools, strict=True)]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from options import HONOURED, ROWS
+from planted import mutated
 from reference import changed, letters, model
 from tiny import EOS, NAMES, VOCABULARY, left_padded, prompts
 
@@ -216,14 +219,14 @@ def test_control_beams_that_follow_the_wrong_parent_are_seen(monkeypatch):
 
 def test_control_a_pool_that_takes_spare_candidates_is_seen(monkeypatch):
     """Only the first `num_beams` of a step's candidates may end."""
-    original = beam_module._endings
-    monkeypatch.setattr(beam_module, "_endings", lambda *args: original(*args).roll(1))
+    monkeypatch.setattr(beam_module, "_pool", mutated(
+        beam_module, "_pool", "ended & (torch.arange(len(ended)) < rule.num_beams)", "ended"))
     _worse(monkeypatch)
 
 
 def test_control_another_length_penalty_is_seen(monkeypatch):
     original = beam_module.ranking
-    monkeypatch.setattr(beam_module, "ranking", lambda request: beam_module.replace(
+    monkeypatch.setattr(beam_module, "ranking", lambda request: replace(
         original(request), length_penalty=0.9))
     _worse(monkeypatch)
 

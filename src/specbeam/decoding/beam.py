@@ -10,9 +10,9 @@ Exact: the hypotheses of `transformers.generate(num_beams=…)`, in order, with 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,45 +25,74 @@ from specbeam.engine.support import adapt, check_lengths, evaluating
 from specbeam.engine.tree import TokenTree, chain, leaves
 from specbeam.errors import InputError
 from specbeam.sampling import process
-from specbeam.trace import REASONS, GenerationOutput, Hypothesis
+from specbeam.trace import GenerationOutput, Hypothesis
 
 _NEVER = -1.0e9  # transformers' "no hypothesis here"; finite, so that it can be added and ranked
 
 
+class Finished(NamedTuple):
+    """A place of the finished pool; reason None: nobody's yet. score: with the length penalty."""
+
+    score: float = _NEVER
+    tokens: list[int] = []  # noqa: RUF012 (never changed)
+    origins: list[int] = []  # noqa: RUF012
+    reason: str | None = None
+
+
 @dataclass(frozen=True)
 class Beams:
-    """The search's state for some rows: running beams and the finished pool, both ranked best first.
+    """The search's state for one row: running beams and the finished pool, both ranked best first.
 
-    length: [rows] long, tokens of each running beam. tokens, finished_tokens: [rows, beams, most] long. origins,
-    finished_origins: the same shape, the beam each token was continued from. scores: [rows, beams] fp32, summed
-    log-probabilities; finished_scores: with the length penalty. finished_by: [rows, beams] long, index into REASONS.
-    ended: [rows, beams] bool, pool places that are taken. open: [rows] bool, the pool may still improve.
+    tokens: of each running beam. origins: the beam that each of these tokens was continued from. scores: summed
+    log-probabilities, each an fp32 number.
     """
 
-    length: Tensor
-    tokens: Tensor
-    origins: Tensor
-    scores: Tensor
-    finished_tokens: Tensor
-    finished_origins: Tensor
-    finished_lengths: Tensor
-    finished_scores: Tensor
-    finished_by: Tensor
-    ended: Tensor
-    open: Tensor
+    tokens: list[list[int]]
+    origins: list[list[int]]
+    scores: list[float]
+    finished: list[Finished]
 
-    def rows(self, index: Tensor) -> Beams:
-        """These rows only."""
-        return Beams(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
+    def front(self) -> tuple[list[int], list[int]]:
+        """The last step: each running beam's token, and the beam of the step before that it continues."""
+        return [ids[-1] for ids in self.tokens], [path[-1] for path in self.origins]
 
-    def where(self, chosen: Tensor, other: Beams) -> Beams:
-        """These for the chosen rows ([rows] bool), `other` for the rest."""
-        pairs = [(getattr(self, name), getattr(other, name)) for name in self.__dataclass_fields__]
-        return Beams(*(torch.where(chosen.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in pairs))
+    def hypotheses(self, count: int) -> list[Hypothesis]:
+        """The best `count` of the finished pool."""
+        return [Hypothesis(one.tokens, one.score, one.reason or "length", tuple(one.origins))
+                for one in self.finished[:count]]
 
-    def last(self, values: Tensor) -> Tensor:
-        """values [rows, beams, most] at each row's last step: [rows, beams]."""
-        return values.gather(2, (self.length - 1).view(-1, 1, 1).expand(-1, values.shape[1], 1)).squeeze(2)
+
+class State(Protocol):
+    """What `search` needs to know of a row."""
+
+    def front(self) -> tuple[list[int], list[int]]: ...
+
+    def hypotheses(self, count: int) -> list[Hypothesis]: ...
+
+
+Candidates = Callable[[Tensor, int, Sequence[int]], tuple[Tensor, Tensor]]
+
+
+def most_probable(total: Tensor, keep: int, live: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The `keep` best continuations of each row, best first: their scores and places in total [rows, …]."""
+    return total.topk(keep)
+
+
+class Ranked(NamedTuple):
+    """What one step ranked, a list per row, for the search tree that `trace=True` asks for.
+
+    Of each candidate, best first: its token, the running beam it continues (origins), its summed log-probability, and
+    what ends it (None: nothing). chosen: the candidates that run on. pool: the finished pool after the step, as places
+    in the pool before it, or num_beams + a candidate; pool_scores: its scores.
+    """
+
+    tokens: list[list[int]]
+    origins: list[list[int]]
+    scores: list[list[float]]
+    reasons: list[list[str | None]]
+    chosen: list[list[int]]
+    pool: list[list[int]]
+    pool_scores: list[list[float]]
 
 
 @dataclass(frozen=True)
@@ -74,25 +103,7 @@ class Ranking:
     keep: int  # candidates per step, enough that num_beams of them do not end
     length_penalty: float
     early_stopping: bool | str
-
-
-@dataclass(frozen=True)
-class Ranked:
-    """What one step ranked, best first, for the search tree that `trace=True` asks for.
-
-    tokens, origins (running beams), reasons (index into REASONS; -1: runs on): [rows, candidates] long. scores: the
-    same shape, fp32, summed log-probabilities. chosen: [rows, beams] long, the candidates that run on. pool: [rows,
-    beams] long, the finished pool after the step: a place in the pool before it, or num_beams + a candidate.
-    pool_scores: [rows, beams] fp32.
-    """
-
-    tokens: Tensor
-    origins: Tensor
-    scores: Tensor
-    reasons: Tensor
-    chosen: Tensor
-    pool: Tensor
-    pool_scores: Tensor
+    candidates: Candidates = most_probable
 
 
 def beam_generate(target: PreTrainedModel, input_ids: Tensor | Sequence[Tensor], attention_mask: Tensor | None = None,
@@ -109,7 +120,7 @@ def beam_generate(target: PreTrainedModel, input_ids: Tensor | Sequence[Tensor],
     request = settle(target, input_ids, attention_mask, sampled=False,
                      beams=(num_beams, num_return_sequences), **options)
     with evaluating(target):
-        return _search(target, request, num_return_sequences)
+        return search_beams(target, request, ranking(request), num_return_sequences)
 
 
 def check_beams(num_beams: int, num_return_sequences: int, options: dict[str, Any]) -> None:
@@ -134,142 +145,135 @@ def ranking(request: Request) -> Ranking:
     return Ranking(config.num_beams, max(2, 1 + len(request.eos)) * config.num_beams, penalty, early)
 
 
-def start_beams(rows: int, num_beams: int, most: int, device: torch.device) -> Beams:
-    """One empty beam per row that counts, and no finished hypothesis. most: tokens that a hypothesis may have."""
-    # One place more: rows that ended are stepped along with the others, and the result is thrown away.
-    none = torch.zeros(rows, num_beams, most + 1, dtype=torch.long, device=device)
-    zeros = torch.zeros(rows, num_beams, device=device)
-    scores = zeros.clone()
-    scores[:, 1:] = _NEVER  # else all beams would start with the same continuations
-    whole = zeros.long()
-    return Beams(whole[:, 0], none, none, scores, none, none, whole, zeros + _NEVER, whole, zeros.bool(),
-                 torch.ones(rows, dtype=torch.bool, device=device))
+def start_beams(num_beams: int) -> Beams:
+    """One empty beam that counts (else all would start with the same continuations), no finished hypothesis."""
+    none: list[list[int]] = [[] for _ in range(num_beams)]
+    return Beams(none, none, [0.0] + [_NEVER] * (num_beams - 1), [Finished()] * num_beams)
 
 
-def step(beams: Beams, log_probs: Tensor, rule: Ranking, request: Request, live: Sequence[int]
-         ) -> tuple[Beams, Tensor, Ranked]:
-    """One beam step. Returns the new state, [rows] bool: whether each row's search is over, and what was ranked.
+def step(beams: Sequence[Beams], log_probs: Tensor, rule: Ranking, request: Request, live: Sequence[int]
+         ) -> tuple[list[Beams], list[bool], Ranked | None]:
+    """One beam step. Returns the new states, whether each row's search is over, and (for a trace) what was ranked.
 
-    log_probs: [rows, beams, vocabulary] fp32, processed. live: the request's row behind each row.
+    log_probs: [rows, beams, vocabulary] fp32, processed. live: the request's row behind each row. Ranking is left to
+    torch.topk on the same numbers as in transformers, so that ties end alike; the rest is a few numbers per row.
     """
     width, vocabulary = log_probs.shape[1:]
-    length = beams.length + 1  # of the candidates
-    total = (log_probs + beams.scores[..., None]).flatten(1)
-    best, index = total.topk(rule.keep)
-    origin, token = index // vocabulary, index % vocabulary
-    end = beams.length.view(-1, 1, 1).expand(-1, rule.keep, 1)
-    tokens = _gather(beams.tokens, origin).scatter(2, end, token[..., None])
-    origins = _gather(beams.origins, origin).scatter(2, end, origin[..., None])
-    reason = _endings(tokens, token, length, request, live)
-    ends = reason >= 0
-
+    before = torch.tensor([row.scores for row in beams], device=log_probs.device)
+    best, index = rule.candidates((log_probs + before[..., None]).flatten(1), rule.keep, live)
+    best = best.cpu()
+    found = [[divmod(place, vocabulary) for place in row] for row in index.tolist()]  # (origin, token)
+    reasons = [_endings(row, candidates, request, number, log_probs.device)
+               for row, candidates, number in zip(beams, found, live, strict=True)]
+    ended = torch.tensor([[reason is not None for reason in row] for row in reasons])
     # The best candidates that do not end run on.
-    running = best + ends * _NEVER
-    chosen = running.topk(width).indices
-    # Of the first `num_beams` candidates, those that end may enter the pool; the others are only spare.
-    enters = ends.clone()
-    enters[:, width:] = False
-    score = best / length[:, None].float() ** rule.length_penalty
-    full = beams.ended.all(1, keepdim=True) & (rule.early_stopping is True)
-    score = score + (full | ~beams.open[:, None]) * _NEVER + ~enters * _NEVER
-
-    pool_scores = torch.cat([beams.finished_scores, score], 1)
-    kept = pool_scores.topk(width).indices
-
-    def pool(old: Tensor, new: Tensor) -> Tensor:
-        return _gather(torch.cat([old, new], 1), kept)
-
-    after = Beams(
-        length=length, tokens=_gather(tokens, chosen), origins=_gather(origins, chosen),
-        scores=running.gather(1, chosen),
-        finished_tokens=pool(beams.finished_tokens, tokens),
-        finished_origins=pool(beams.finished_origins, origins),
-        finished_lengths=pool(beams.finished_lengths, length[:, None].expand_as(token)),
-        finished_scores=pool_scores.gather(1, kept),
-        finished_by=pool(beams.finished_by, reason),
-        ended=pool(beams.ended, enters), open=beams.open)
-
-    # Can a running beam still beat the worst of the pool? (transformers' heuristics for the length it may reach)
-    limit = torch.tensor([request.rows[row].max_new_tokens for row in live], device=token.device)
-    reach = limit if rule.early_stopping == "never" and rule.length_penalty > 0 else length
-    hope = after.scores[:, :1] / reach[:, None].float() ** rule.length_penalty
-    worst = torch.where(after.ended, after.finished_scores.min(1, keepdim=True).values, _NEVER)
-    still = after.open & (hope > worst).any(1)
-    after = replace(after, open=still)
-    over = ~still | ends.all(1)
-    if rule.early_stopping is True:
-        over = over | after.ended.all(1)
-    return after, over, Ranked(token, origin, best, reason, chosen, kept, after.finished_scores)
+    scores, chosen = ((best + ended * _NEVER) if bool(ended.any()) else best).topk(width)
+    pools = [_pool(row, best[i], ended[i], rule) for i, row in enumerate(beams)]
+    after = [
+        Beams([[*row.tokens[candidates[j][0]], candidates[j][1]] for j in runs],
+              [[*row.origins[candidates[j][0]], candidates[j][0]] for j in runs], values,
+              [_finished(row, value, place, candidates, why) for value, place in zip(*pool, strict=True)] if pool
+              else row.finished)
+        for row, candidates, why, runs, values, pool in zip(
+            beams, found, reasons, chosen.tolist(), scores.tolist(), pools, strict=True)]
+    over = [all(why) or not _hopeful(row, rule, request.rows[number].max_new_tokens)
+            for row, why, number in zip(after, reasons, live, strict=True)]
+    ranked = Ranked(
+        [[token for _, token in row] for row in found], [[origin for origin, _ in row] for row in found],
+        best.tolist(), reasons, chosen.tolist(), [pool[1] if pool else list(range(width)) for pool in pools],
+        [[one.score for one in row.finished] for row in after]) if request.trace else None
+    return after, over, ranked
 
 
-def _endings(tokens: Tensor, last: Tensor, length: Tensor, request: Request, live: Sequence[int]) -> Tensor:
-    """[rows, candidates] long: -1 runs on, else what ends the candidate (index into REASONS)."""
-    reason = torch.full_like(last, -1)
-    limits = torch.tensor([request.rows[row].max_new_tokens for row in live], device=last.device)
-    reason[length >= limits] = 0
-    if request.stopping:
-        for i, (row, reached) in enumerate(zip(live, length.tolist(), strict=True)):
-            for j, ids in enumerate(tokens[i, :, :reached].tolist()):
-                if stops(request.stopping, request.rows[row].prompt + ids, last.device):
-                    reason[i, j] = 2
-    for token in request.eos:
-        reason[last == token] = 1
-    return reason
+def _endings(row: Beams, candidates: Sequence[tuple[int, int]], request: Request, number: int, device: torch.device
+             ) -> list[str | None]:
+    """What ends each candidate (the beam it continues, its token); None: it runs on."""
+    length = len(row.tokens[0]) + 1
+    full = "length" if length >= request.rows[number].max_new_tokens else None
+    if not request.stopping:
+        return ["eos" if token in request.eos else full for _, token in candidates]
+    prompt = request.rows[number].prompt
+    return ["eos" if token in request.eos
+            else "stop" if stops(request.stopping, [*prompt, *row.tokens[origin], token], device) else full
+            for origin, token in candidates]
 
 
-def _gather(values: Tensor, index: Tensor) -> Tensor:
-    """values [rows, beams, …] by index [rows, k]."""
-    while index.dim() < values.dim():
-        index = index[..., None]
-    return torch.take_along_dim(values, index, 1)
+def _pool(row: Beams, best: Tensor, ended: Tensor, rule: Ranking) -> tuple[list[float], list[int]] | None:
+    """Scores and places (in the pool before, or num_beams + candidate) of the finished pool, now that some candidates
+    ended; best: their scores. None: it stays as it is."""
+    enters = ended & (torch.arange(len(ended)) < rule.num_beams)  # the candidates behind are only spare
+    if not bool(enters.any()):
+        return None
+    score = best / (len(row.tokens[0]) + 1) ** rule.length_penalty + ~enters * _NEVER
+    values, places = torch.cat([torch.tensor([one.score for one in row.finished]), score]).topk(rule.num_beams)
+    return values.tolist(), places.tolist()
 
 
-def log_probabilities(logits: Tensor, beams: Beams, request: Request, live: Sequence[int]) -> Tensor:
+def _finished(row: Beams, score: float, place: int, candidates: Sequence[tuple[int, int]],
+              reasons: Sequence[str | None]) -> Finished:
+    """What stands in the new pool at this place of the old one and the candidates."""
+    width = len(row.finished)
+    if place < width:
+        return row.finished[place]
+    if score < _NEVER / 2:
+        return Finished()
+    origin, token = candidates[place - width]
+    return Finished(score, [*row.tokens[origin], token], [*row.origins[origin], origin], reasons[place - width])
+
+
+def _hopeful(row: Beams, rule: Ranking, limit: int) -> bool:
+    """Whether a running beam may still beat the worst of the pool (transformers' heuristic for the length it may
+    reach)."""
+    full = all(one.reason for one in row.finished)
+    if full and rule.early_stopping is True:
+        return False
+    reach = limit if rule.early_stopping == "never" and rule.length_penalty > 0 else len(row.tokens[0])
+    return row.scores[0] / reach ** rule.length_penalty > min(one.score for one in row.finished)
+
+
+def log_probabilities(logits: Tensor, beams: Sequence[Beams], request: Request, live: Sequence[int]) -> Tensor:
     """[rows, beams, vocabulary] fp32: normalised first, then processed, as transformers does for beams."""
-    running, length = beams.tokens, beams.length
     return process(logits.float().log_softmax(-1), [request.rows[row].processors for row in live],
-                   lambda i, beam: request.rows[live[i]].prompt + running[i, beam, : int(length[i])].tolist())
+                   lambda i, beam: request.rows[live[i]].prompt + beams[i].tokens[beam])
 
 
-def hypotheses(beams: Beams, row: int, count: int) -> list[Hypothesis]:
-    """The best `count` of a row's finished pool."""
-    found = []
-    for place in range(count):
-        length = int(beams.finished_lengths[row, place])
-        found.append(Hypothesis(
-            tokens=beams.finished_tokens[row, place, :length].tolist(),
-            score=float(beams.finished_scores[row, place]),
-            finish_reason=REASONS[int(beams.finished_by[row, place])],
-            beams=tuple(beams.finished_origins[row, place, :length].tolist())))
-    return found
+def search_beams(target: PreTrainedModel, request: Request, rule: Ranking, count: int) -> GenerationOutput:
+    """Beam search under this ranking; `count` hypotheses per row."""
+    def advance(beams: list[Beams], logits: Tensor, live: list[int]) -> tuple[list[Beams], list[bool], Ranked | None]:
+        return step(beams, log_probabilities(logits, beams, request, live), rule, request, live)
+
+    return search(target, request, [start_beams(rule.num_beams) for _ in request.rows], rule.num_beams, advance, count)
 
 
 @torch.inference_mode()
-def _search(target: PreTrainedModel, request: Request, num_return_sequences: int) -> GenerationOutput:
-    adapter, rule = adapt(target), ranking(request)
+def search(target: PreTrainedModel, request: Request, states: Sequence[State], width: int, advance: Callable[..., Any],
+           count: int) -> GenerationOutput:
+    """Any search that extends `width` beams per row together.
+
+    advance(states, logits [rows, width, vocabulary], live) → the new states, whether each row's search is over, and
+    what was ranked.
+    """
+    adapter = adapt(target)
     prompts = [row.prompt for row in request.rows]
     lengths, room = [len(prompt) for prompt in prompts], [row.max_new_tokens for row in request.rows]
     check_lengths(adapter, lengths, room)
     batch = Batch(request, target)
     # Beams share most of their past: what they need beyond one answer each is made when it is needed.
-    tree = TokenTree(adapter, len(lengths), max(lengths) + max(room) + 4 * rule.num_beams)
-    beams = start_beams(len(lengths), rule.num_beams, max(room), tree.device)
+    tree = TokenTree(adapter, len(lengths), max(lengths) + max(room) + 4 * width)
     found: list[list[Hypothesis]] = [[] for _ in lengths]
 
     logits, tips = tree.extend(tree.tips([0] * len(lengths)), chain(prompts, tree.device), last_only=True)
     tips = tips.pick(torch.tensor(lengths, device=tree.device)[:, None] - 1)
-    logits = logits.expand(-1, rule.num_beams, -1)
+    logits = logits.expand(-1, width, -1)
     start = None
     while True:
-        beams, over, ranked = step(beams, log_probabilities(logits, beams, request, batch.live), rule, request,
-                                   batch.live)
-        batch.watch(ranked)
-        done = over.tolist()
+        states, over, ranked = advance(states, logits, batch.live)
+        batch.watch(ranked, batch.live)
         for i, row in enumerate(batch.live):
             if start is not None:
                 batch.round_done(row, start, [], 0, 1)
-            if done[i]:
-                found[row] = hypotheses(beams, i, num_return_sequences)
+            if over[i]:
+                found[row] = states[i].hypotheses(count)
                 batch.finish(row, found[row][0], list(range(len(found[row][0].tokens))))
         if start is None:
             batch.prefill_done()
@@ -279,11 +283,11 @@ def _search(target: PreTrainedModel, request: Request, num_return_sequences: int
         if not batch.live:
             return batch.output(hypotheses=found)
         if stay:
-            kept = tree.keep_rows(stay)
-            beams, tips = beams.rows(kept), tips.rows(kept)
+            tips, states = tips.rows(tree.keep_rows(stay)), [states[i] for i in stay]
         start = batch.clock.mark()
         # Surviving is gathering: each beam's new node hangs below the beam that it was continued from.
-        tips = tips.pick(beams.last(beams.origins).clamp(max=tips.depth.shape[1] - 1))
-        own = torch.arange(rule.num_beams, device=tree.device).expand(len(batch.live), -1)
-        logits, tips = tree.extend(tips, leaves(beams.last(beams.tokens), own))
+        tokens, origins = torch.tensor([state.front() for state in states], device=tree.device).unbind(1)
+        tips = tips.pick(origins.clamp(max=tips.depth.shape[1] - 1))
+        own = torch.arange(width, device=tree.device).expand(len(batch.live), -1)
+        logits, tips = tree.extend(tips, leaves(tokens, own))
         batch.phases["verify"].append((start, batch.clock.mark()))

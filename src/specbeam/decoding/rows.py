@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteriaList
 
 from specbeam.decoding.request import Request
@@ -69,7 +68,7 @@ class Batch:
         self.clock = Clock(target.device)
         self.device = target.device
         self.phases: dict[str, list[tuple[Any, Any]]] = {"draft": [], "verify": []}
-        self.watched: list[tuple[dict[int, int], Tensor | None, Any]] = []  # beam steps, for the search tree
+        self.watched: list[tuple[dict[int, int], Any]] = []  # beam steps, for the search tree
         self.started = self.clock.mark()
         self.prefilled = self.started
         if request.streamer is not None:
@@ -105,12 +104,12 @@ class Batch:
         state.tokens, state.finish_reason = best.tokens, best.finish_reason
         state.sources, state.token_rounds = ["plain"] * len(best.tokens), list(rounds)
 
-    def watch(self, ranked: Any, active: Tensor | None = None) -> None:
-        """Keep what a beam step ranked (beam.Ranked), if the caller wants the search tree; it is read when the clock
-        has stopped. active: [live rows] bool, whose step it was (None: all rows')."""
+    def watch(self, ranked: Any, live: Sequence[int]) -> None:
+        """Keep what a beam step of these rows ranked (beam.Ranked), if the caller wants the search tree; it is read
+        when the clock has stopped."""
         if self.request.trace:
-            rounds = {row: len(self.rows[row].rounds) + (self.rows[row].first_tokens > 0) for row in self.live}
-            self.watched.append((rounds, active, ranked))
+            rounds = {row: len(self.rows[row].rounds) + (self.rows[row].first_tokens > 0) for row in live}
+            self.watched.append((rounds, ranked))
 
     def prefill_done(self) -> None:
         """The first new tokens are known (and on the host): everything from here on is decoding."""

@@ -12,29 +12,20 @@ Exact: the draft decides what is scored early, never what survives. Hypotheses, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specbeam.decoding.beam import (
-    Beams,
-    Ranking,
-    check_beams,
-    hypotheses,
-    log_probabilities,
-    ranking,
-    start_beams,
-    step,
-)
+from specbeam.decoding.beam import Beams, Ranking, check_beams, log_probabilities, ranking, start_beams, step
 from specbeam.decoding.greedy import greedy_generate
 from specbeam.decoding.request import Request, settle
 from specbeam.decoding.rows import Batch
+from specbeam.drafting import Proposal
 from specbeam.drafting.depth import LONGEST, Depth
-from specbeam.drafting.draft_beams import DraftBeams, Levels
+from specbeam.drafting.draft_beams import DraftBeams
 from specbeam.engine.support import adapt, check_lengths, evaluating
-from specbeam.engine.tree import Block, TokenTree, chain
+from specbeam.engine.tree import TokenTree, branches, chain
 from specbeam.errors import InputError
 from specbeam.trace import GenerationOutput, Hypothesis
 
@@ -67,20 +58,6 @@ def speculative_beam_generate(
         return _search(target, draft, request, num_return_sequences, draft_length, wide)
 
 
-@dataclass(frozen=True)
-class Checked:
-    """A target forward over running beams and proposed nodes, numbered beams first, then level by level.
-
-    logits: [rows, nodes, vocabulary]. tokens, parents: [rows, nodes] long (of a running beam: -1). real: [rows, nodes]
-    bool.
-    """
-
-    logits: Tensor
-    tokens: Tensor
-    parents: Tensor
-    real: Tensor
-
-
 @torch.inference_mode()
 def _search(target: PreTrainedModel, draft: PreTrainedModel, request: Request, num_return_sequences: int,
             draft_length: int | str, draft_beams: int) -> GenerationOutput:
@@ -92,7 +69,6 @@ def _search(target: PreTrainedModel, draft: PreTrainedModel, request: Request, n
     batch = Batch(request, target)
     deepest = LONGEST if isinstance(draft_length, str) else draft_length
     tree = TokenTree(adapter, len(lengths), max(lengths) + max(room) + (draft_beams + 1) * (deepest + 1))
-    beams = start_beams(len(lengths), rule.num_beams, max(room), tree.device)
     found: list[list[Hypothesis]] = [[] for _ in lengths]
 
     unread = chain(prompts, tree.device)
@@ -102,12 +78,13 @@ def _search(target: PreTrainedModel, draft: PreTrainedModel, request: Request, n
     everyone = torch.zeros(len(lengths), rule.num_beams, dtype=torch.long, device=tree.device)
     tips = nodes.pick(everyone + unread.lengths[:, None] - 1)  # the node that each beam's last token hangs below
     logits = logits.expand(-1, rule.num_beams, -1)
+    beams = [start_beams(rule.num_beams) for _ in lengths]
     beams, over, ranked = step(beams, log_probabilities(logits, beams, request, batch.live), rule, request, batch.live)
-    batch.watch(ranked)
+    batch.watch(ranked, batch.live)
     rounds: list[list[int]] = [[] for _ in lengths]  # of each row, the round of each step
     for i, row in enumerate(batch.live):
         rounds[row].append(0)
-        _finish(batch, beams, i, row, bool(over[i]), found, rounds, num_return_sequences)
+        _finish(batch, beams[i], row, over[i], found, rounds, num_return_sequences)
     batch.prefill_done()
     for state in batch.rows:
         state.first_tokens = 1
@@ -117,95 +94,89 @@ def _search(target: PreTrainedModel, draft: PreTrainedModel, request: Request, n
         if not batch.live:
             return batch.output(drafts=True, hypotheses=found)
         if stay:
-            kept = tree.keep_rows(stay)
-            beams, tips = beams.rows(kept), tips.rows(kept)
+            tips, beams = tips.rows(tree.keep_rows(stay)), [beams[i] for i in stay]
             drafter.keep_rows(stay)
             depths.rows(len(stay))
 
         start = batch.clock.mark()
-        remaining = [request.rows[row].max_new_tokens - n for row, n in
-                     zip(batch.live, beams.length.tolist(), strict=True)]
-        depth = min(depths.choose(), max(remaining) - 1)
-        levels = drafter.propose(beams.tokens, beams.length, beams.scores, depth) if depth > 0 else None
+        # Behind the last token of an answer nothing is ever read.
+        room = [request.rows[row].max_new_tokens - len(state.tokens[0]) - 1
+                for row, state in zip(batch.live, beams, strict=True)]
+        depth = min(depths.choose(), max(room))
+        limits = [min(depth, most) for most in room]
+        proposal = drafter.propose(beams, limits) if depth > 0 else None
         drafted = batch.clock.mark()
-        block, parents = _block(beams, levels, remaining)
-        logits, nodes = tree.extend(tips, block)
+        trees = _trees(beams, proposal)
+        logits, nodes = tree.extend(tips, branches(trees, tree.device))
         verified = batch.clock.mark()
         batch.phases["draft"].append((start, drafted))
         batch.phases["verify"].append((drafted, verified))
 
-        real = torch.arange(block.tokens.shape[1], device=tree.device) < block.lengths[:, None]
-        checked = Checked(logits, block.tokens, parents, real)
-        beams, behind, steps, over = _replay(beams, checked, rule, batch)
-        tips = nodes.pick(behind)
-        if levels is None:
+        beams, behind, steps, over = _replay(beams, logits, trees, rule, batch)
+        tips = nodes.pick(torch.tensor(behind, device=tree.device))
+        if proposal is None:
             drafter.follow(behind)
         else:
-            drafter.accept(behind, steps, parents.gather(1, behind).clamp(min=0))
-        for i, (row, count) in enumerate(zip(batch.live, steps.tolist(), strict=True)):
+            drafter.accept(behind, steps, [parents for _, parents in trees])
+        drafter.observe([tokens for tokens, _ in trees], logits)
+        for i, (row, count) in enumerate(zip(batch.live, steps, strict=True)):
             rounds[row] += [len(batch.rows[row].rounds) + 1] * count
-            proposed = min(depth, remaining[i] - 1)
-            batch.round_done(row, start, range(proposed), min(count - 1, proposed), count,
-                             drafter="draft_beams" if proposed else "plain", why=depths.why)
-            _finish(batch, beams, i, row, bool(over[i]), found, rounds, num_return_sequences)
+            batch.round_done(row, start, range(limits[i]), min(count - 1, limits[i]), count,
+                             drafter=drafter.name if limits[i] else "plain", why=depths.why)
+            _finish(batch, beams[i], row, over[i], found, rounds, num_return_sequences)
         if depths.auto:
             end = batch.clock.mark()
             spans = [(start, drafted), (drafted, verified), (start, end)]
-            depths.learn(depth, [n for n, done in zip(steps.tolist(), over.tolist(), strict=True) if not done],
+            depths.learn(depth, [n for n, done in zip(steps, over, strict=True) if not done],
                          [batch.clock.seconds(*span) for span in spans])
 
 
-def _finish(batch: Batch, beams: Beams, i: int, row: int, over: bool, found: list[list[Hypothesis]],
+def _finish(batch: Batch, beams: Beams, row: int, over: bool, found: list[list[Hypothesis]],
             rounds: list[list[int]], count: int) -> None:
     if over:
-        found[row] = hypotheses(beams, i, count)
+        found[row] = beams.hypotheses(count)
         batch.finish(row, found[row][0], rounds[row][: len(found[row][0].tokens)])
 
 
-def _block(beams: Beams, levels: Levels | None, remaining: Sequence[int]) -> tuple[Block, Tensor]:
-    """The running beams' last tokens and, below them, the proposed nodes; and each node's parent ([rows, nodes])."""
-    last = beams.last(beams.tokens)
-    rows, width = last.shape
-    own = torch.arange(width, device=last.device).expand(rows, -1)
-    tokens, tip, depth, parents = last, own, torch.zeros_like(last), torch.full_like(last, -1)
-    sees = torch.eye(width, dtype=torch.bool, device=last.device).expand(rows, -1, -1)
-    lengths = torch.full((rows,), width, device=last.device)
-    first = 0  # number of the first node of the level above
-    for level in range(0 if levels is None else levels.tokens.shape[1]):
-        assert levels is not None
-        parent = levels.parents[:, level] + first
-        first, count = tokens.shape[1], parent.shape[1]
-        tokens = torch.cat([tokens, levels.tokens[:, level]], 1)
-        tip = torch.cat([tip, tip.gather(1, parent)], 1)
-        depth = torch.cat([depth, torch.full_like(parent, level + 1)], 1)
-        parents = torch.cat([parents, parent], 1)
-        above = sees.gather(1, parent[..., None].expand(-1, -1, sees.shape[2]))  # [rows, count, nodes so far]
-        alone = torch.eye(count, dtype=torch.bool, device=last.device).expand(rows, -1, -1)
-        sees = torch.cat([torch.nn.functional.pad(sees, (0, count)), torch.cat([above, alone], 2)], 1)
-        # Behind the last token of an answer nothing is ever read: those nodes are pads.
-        lengths = lengths + count * torch.tensor([n - 1 > level for n in remaining], device=last.device)
-    return Block(tokens, tip, depth, sees, lengths), parents
+def _trees(beams: Sequence[Beams], proposal: Proposal | None) -> list[tuple[list[int], list[int]]]:
+    """What the target reads of each row: the running beams' last tokens, each below its tip, and then the proposed
+    nodes; as tokens and parents for `branches`."""
+    trees = []
+    for i, row in enumerate(beams):
+        last, width = [ids[-1] for ids in row.tokens], len(row.tokens)
+        tokens, parents = ([], []) if proposal is None else (proposal.tokens[i], proposal.parents[i])
+        below = [parent + width if parent >= 0 else -1 - parent for parent in parents]
+        trees.append(([*last, *tokens], [*range(-1, -1 - width, -1), *below]))
+    return trees
 
 
-def _replay(beams: Beams, checked: Checked, rule: Ranking, batch: Batch) -> tuple[Beams, Tensor, Tensor, Tensor]:
-    """Beam steps for as long as all survivors' logits are at hand. Returns the new state; [rows, beams] the node that
-    each beam's last token hangs below; [rows] steps; [rows] bool, whether the search is over."""
-    rows, width = beams.scores.shape
-    request, live = batch.request, batch.live
-    place = torch.arange(width, device=beams.scores.device).expand(rows, -1)  # each beam's own node
-    behind, steps = place, torch.zeros_like(beams.length)
-    active = torch.ones_like(beams.open)
-    over = ~active
-    while bool(active.any()):
-        logits = checked.logits.gather(1, place[..., None].expand(-1, -1, checked.logits.shape[-1]))
-        after, ended, ranked = step(beams, log_probabilities(logits, beams, request, live), rule, request, live)
-        batch.watch(ranked, active)
-        node = place.gather(1, after.last(after.origins))
-        beams = after.where(active, beams)
-        behind = torch.where(active[:, None], node, behind)
-        steps, over = steps + active.long(), over | (active & ended)
-        child = ((checked.parents[:, None] == node[..., None]) & checked.real[:, None]
-                 & (checked.tokens[:, None] == after.last(after.tokens)[..., None]))
-        active = active & ~ended & child.any(2).all(1)
-        place = child.long().argmax(2)
-    return beams, behind, steps, over
+def _replay(beams: Sequence[Beams], logits: Tensor, trees: Sequence[tuple[list[int], list[int]]], rule: Ranking,
+            batch: Batch) -> tuple[list[Beams], list[list[int]], list[int], list[bool]]:
+    """Beam steps for as long as all survivors' logits are at hand. Returns the new states and, of each row, the node
+    that each beam's last token hangs below, the steps taken, and whether the search is over.
+
+    logits: [rows, nodes, vocabulary], behind every node of `trees`.
+    """
+    now, active = list(beams), list(range(len(beams)))
+    place = [list(range(rule.num_beams)) for _ in beams]  # each beam's own node
+    children = [{(parent, token): node for node, (token, parent) in enumerate(zip(*tree, strict=True))}
+                for tree in trees]
+    behind, steps, over = [row[:] for row in place], [0] * len(beams), [False] * len(beams)
+    while active:
+        at = torch.tensor([place[i] for i in active], device=logits.device)
+        own = torch.tensor(active, device=logits.device)[:, None]
+        live, states = [batch.live[i] for i in active], [now[i] for i in active]
+        after, ended, ranked = step(states, log_probabilities(logits[own, at], states, batch.request, live), rule,
+                                    batch.request, live)
+        batch.watch(ranked, live)
+        still = []
+        for i, state, done in zip(active, after, ended, strict=True):
+            tokens, origins = state.front()
+            behind[i] = [place[i][origin] for origin in origins]
+            now[i], steps[i], over[i] = state, steps[i] + 1, done
+            below = [children[i].get(key, -1) for key in zip(behind[i], tokens, strict=True)]
+            if not done and min(below) >= 0:
+                place[i] = below
+                still.append(i)
+        active = still
+    return now, behind, steps, over

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 class Proposal:
     """One tree of proposed tokens per row, parents before children.
 
-    tokens[b]: ids. parents[b]: each token's parent in this list, -1 for the committed text. q: [rows, 1 + longest,
+    tokens[b]: ids. parents[b]: each token's parent in this list, -1 for the committed text (of beams: -1 - i for the
+    i-th beam). q: [rows, 1 + longest,
     vocabulary] fp32, in row 0 the distribution that the children of the committed text were drawn from, in row i + 1
     that of node i's children, siblings drawn one after the other without replacement; None: nothing was drawn, each
     token is a function of the text before it (a point of probability one). source[b]: the drafter's name. why[b]:

@@ -89,19 +89,21 @@ def leaves(tokens: Tensor, tip: Tensor) -> Block:
 
 
 def branches(trees: Sequence[tuple[Sequence[int], Sequence[int]]], device: torch.device) -> Block:
-    """Any tree below the row's only tip: per row (tokens, parents), parents[i] < i, or -1 for the tip itself."""
+    """Any trees below the row's tips: per row (tokens, parents), parents[i] < i, or -1 - t for the t-th tip itself."""
     new = max(len(tokens) for tokens, _ in trees)
     tokens = np.zeros((len(trees), new), dtype=np.int64)  # numpy: one element at a time is dear in torch
-    depth = np.zeros_like(tokens)
+    tip, depth = np.zeros_like(tokens), np.zeros_like(tokens)
     ancestors = np.tile(np.eye(new, dtype=bool), (len(trees), 1, 1))
     for row, (ids, parents) in enumerate(trees):
         for node, (token, parent) in enumerate(zip(ids, parents, strict=True)):
             tokens[row, node] = token
             if parent >= 0:
-                depth[row, node] = depth[row, parent] + 1
+                tip[row, node], depth[row, node] = tip[row, parent], depth[row, parent] + 1
                 ancestors[row, node] |= ancestors[row, parent]
+            else:
+                tip[row, node] = -1 - parent
     lengths = np.array([len(ids) for ids, _ in trees])
-    arrays = (tokens, np.zeros_like(tokens), depth, ancestors, lengths)
+    arrays = (tokens, tip, depth, ancestors, lengths)
     tensors = [torch.from_numpy(array).to(device) for array in arrays]
     return Block(tensors[0], tensors[1], tensors[2], tensors[3], tensors[4])
 
