@@ -45,11 +45,36 @@ def _rounds(chance: random.Random, count: int, speculates: bool) -> tuple[list[d
     return rounds, sources, numbers
 
 
+def _search(chance: random.Random, tokens: int, word: str | None, width: int = 4) -> dict[str, Any]:
+    """A search tree: beams that change places, losers, and hypotheses that end in the last two steps."""
+    steps = []
+    for number in range(tokens):
+        last = number == tokens - 1
+        origins = [0] * 8 if number == 0 else [chance.randrange(width) for _ in range(8)]
+        if number:
+            origins[:4] = [0, 1, 2, 3] if chance.random() < .7 else [0, 0, 1, 2]
+        ends = [last and j < width for j in range(8)]
+        if tokens > 2 and number == tokens - 2:
+            ends[2] = True
+        living = iter(range(width))
+        survived = [None if end or last else next(living, None) for end in ends]
+        scores = [-.3 * number - .2 * j for j in range(8)]
+        steps.append({"round": number, "tokens": list(range(8)),
+                      "pieces": [" " + (word if word and j == 1 else chance.choice(WORDS)) for j in range(8)],
+                      "beams": origins, "scores": scores, "survived_as": survived,
+                      "finish_reasons": ["eos" if end else None for end in ends],
+                      "finished_scores": [score / (number + 1) if end else None
+                                          for score, end in zip(scores, ends, strict=True)]})
+    hypotheses = [{"step": tokens - 1, "candidate": j, "tokens": list(range(tokens)), "text": word or f"Answer {j}.",
+                   "score": -.3 - .1 * j, "finish_reason": "eos"} for j in range(2)]
+    return {"returned": 1, "steps": steps, "hypotheses": hypotheses}
+
+
 def write_run(folder: Path, prompts: int = 4, repeats: int = 2, tokens: int = 48, hostile: str | None = None,
               fail: bool = False) -> Path:
     """Rows, traces, summary and all. `hostile` is put into every text that a user or a model could have written."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows, traces, asked = [], [], []
+    rows, traces, asked, searches = [], [], [], []
     for number in range(prompts):
         question = hostile or QUESTIONS[number % len(QUESTIONS)]
         name = f"{hostile or 'prompt'}-{number}"
@@ -85,6 +110,9 @@ def write_run(folder: Path, prompts: int = 4, repeats: int = 2, tokens: int = 48
                     figures = dict.fromkeys(figures)
                 rows.append({**row, **figures})
             if not (fail and label == "transformers_beam" and number == 0):
+                if label == "beam":
+                    searches.append({"method": label, "kind": label, "prompt_id": name, "turn": 0, "category": "chat",
+                                     "batch_id": f"{label}-{number}-0", **_search(chance, min(tokens, 20), hostile)})
                 traces.append({
                     "method": label, "kind": settings["kind"], "prompt_id": name, "turn": 0, "category": "chat",
                     "batch_id": f"{label}-{number}-0", "tokens": ids, "pieces": pieces, "sources": sources,
@@ -106,6 +134,7 @@ def write_run(folder: Path, prompts: int = 4, repeats: int = 2, tokens: int = 48
     (folder / "config.yaml").write_text(json.dumps(config), "utf-8")
     for file, value in (("summary.json", summary), ("environment.json", environment)):
         (folder / file).write_text(json.dumps(value, allow_nan=False), "utf-8")
-    for file, lines in (("rows.jsonl", rows), ("trace.jsonl", traces), ("prompts.jsonl", asked)):
+    for file, lines in (("rows.jsonl", rows), ("trace.jsonl", traces), ("prompts.jsonl", asked),
+                        ("beams.jsonl", searches)):
         (folder / file).write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
     return folder

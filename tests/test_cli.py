@@ -154,8 +154,8 @@ def test_paths_with_odd_characters_are_taken_as_they_are(path: str) -> None:
         (["generate", "Hi", "draft_lenght=3"], "did you mean draft_length?"),
         (["generate", "Hi", "method=greedy", "draft_length=3"], "greedy does not draft"),
         (["generate", "Hi", "max_new_tokens=0"], "max_new_tokens is 0"),
-        (["report"], "takes one run folder"),
-        (["report", "nowhere"], "'nowhere' is no finished run"),
+        (["report"], "needs a run folder"),
+        (["report", "nowhere"], "There is no folder 'nowhere'"),
     ],
 )
 def test_bad_input_is_one_sentence_and_status_2(

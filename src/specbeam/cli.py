@@ -23,7 +23,7 @@ specbeam: run, compare and prove LLM decoding methods on Hugging Face models.
 
   specbeam compare [key=value …]             compare methods on prompts; the defaults need nothing else
   specbeam generate "prompt" [key=value …]   stream one answer by one method
-  specbeam report <run folder>               show a finished run's table and write its report again
+  specbeam report <run folder> […]           show a run's table and write its report again; several side by side
   specbeam audit [key=value …]               is a speculative method's output the target's own, on your pair?
 
   specbeam <command> --help                  every key and its default
@@ -54,9 +54,14 @@ Exit status 1 on a real difference.
 
 """
 REPORT = """\
-specbeam report <run folder>
+specbeam report <run folder> [<run folder> …] [--figures pdf|svg|png] [--output <file>]
 
-Prints the table of a finished run and writes its report.html again, from what the folder holds.
+Prints the table of a run and writes its report.html again, from what the folder holds; an interrupted run is reported
+as far as it goes. Several runs come side by side on one page.
+
+  --figures pdf    also write the charts as files for a paper into <run folder>/figures (pdf, svg or png;
+                   pip install 'specbeam[figures]')
+  --output file    where the page goes (one run: report.html in its folder; several: report.html here)
 """
 
 
@@ -142,19 +147,33 @@ def _audit(arguments: list[str]) -> int:
 
 
 def _report(arguments: list[str]) -> int:
-    folders, flags = _split(arguments, ("--help", "-h"))
+    rest, values = _with_values(arguments, ("--figures", "--output"))
+    folders, flags = _split(rest, ("--help", "-h"))
     if "--help" in flags:
         print(REPORT, end="")
         return 0
-    if len(folders) != 1:
-        raise InputError(f"specbeam report takes one run folder, and got {len(folders)}.")
-    folder = Path(folders[0]).expanduser()
-    if not (folder / "summary.json").is_file():
-        raise InputError(f"{str(folder)!r} is no finished run: a folder with summary.json is wanted.")
-    from specbeam.experiment.run import show
+    if not folders:
+        raise InputError("specbeam report needs a run folder, as in: specbeam report outputs/compare/<run>")
+    from specbeam.report.reporting import report
 
-    show(folder, _console())
-    return 0
+    output = values.get("--output")
+    return report([Path(folder) for folder in folders], _console(), values.get("--figures"),
+                  Path(output).expanduser() if output else None)
+
+
+def _with_values(arguments: list[str], names: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:
+    """Flags that take a value (`--name value` or `--name=value`), taken out of the arguments."""
+    left, found = [], {}
+    rest = iter(arguments)
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        if name not in names:
+            left.append(argument)
+            continue
+        found[name] = value if equals else next(rest, "")
+        if not found[name] or found[name].startswith("-"):
+            raise InputError(f"{name} wants a value (specbeam report --help).")
+    return left, found
 
 
 def _split(arguments: list[str], known: tuple[str, ...]) -> tuple[list[str], set[str]]:

@@ -63,7 +63,8 @@ def test_the_page_is_well_formed_and_says_the_answer_first(tmp_path):
 
 def test_nothing_is_fetched_from_anywhere(tmp_path):
     text, page = page_of(write_run(tmp_path))
-    assert not re.search(r"https?://|//[a-z]|@import|url\(", text.replace("// Draws", ""))
+    assert not re.search(r"https?://|//[a-z]|@import|url\(",
+                         text.replace("// Draws", "").replace('"http://www.w3.org/2000/svg"', "a namespace"))
     for tag, attributes in page.tags:
         assert tag not in ("link", "img", "iframe", "object", "embed")
         assert not attributes.get("src") and (attributes.get("href") or "#").startswith("#")
@@ -89,7 +90,7 @@ def test_what_a_browser_would_hide_or_obey_is_written_out(tmp_path):
 
 def test_the_data_for_the_token_view_is_json_with_the_right_counts(tmp_path):
     _, page = page_of(write_run(tmp_path, hostile=HOSTILE))
-    data = json.loads(page.scripts[0])
+    data = json.loads(page.scripts[0])["runs"][0]["tokens"]
     assert data["left_out"] == 0 and len(data["prompts"]) == 4
     for prompt in data["prompts"]:
         assert [answer["method"] for answer in prompt["answers"]] == [
@@ -107,7 +108,9 @@ def test_five_hundred_rows_stay_below_a_megabyte_and_what_is_left_out_is_said(tm
     text, page = page_of(write_run(tmp_path, prompts=prompts, repeats=2, tokens=tokens))
     assert len(text.encode()) < 1_000_000
     assert ("left out here" in page.text) == (tokens == 1200)
-    assert (json.loads(page.scripts[0])["left_out"] > 0) == (tokens == 1200)
+    views = json.loads(page.scripts[0])["runs"][0]
+    assert (views["tokens"]["left_out"] > 0) == (tokens == 1200)
+    assert views["beams"]["answers"] and views["beams"]["left_out"] > 0
 
 
 def test_without_scripts_the_figures_and_outputs_are_there(tmp_path):

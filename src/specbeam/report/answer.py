@@ -78,3 +78,32 @@ def _tokens(figures: Mapping[str, Any]) -> str:
     if identity["same"] == identity["of"]:
         return ", with the same tokens" + (f" in all {identity['of']} answers" if identity["of"] > 1 else "")
     return f", but with other tokens in {identity['of'] - identity['same']} of {identity['of']} answers"
+
+
+def tiles(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """The answer in figures, for the eye: (figure, what it is, good | bad | "") of the fastest method of the first
+    family that has something to compare."""
+    methods = summary.get("methods") or {}
+    for family in FAMILIES:
+        own = {label: figures for label, figures in methods.items()
+               if figures.get("family") == family and figures.get("decode_tokens_per_second")}
+        if len(own) < 2:
+            continue
+        best = max(own, key=lambda label: own[label]["decode_tokens_per_second"])
+        figures = own[best]
+        found = [(best, "the fastest here", "")]
+        for baseline, one in figures["speedup"].items():
+            if one.get("median") is not None:
+                within = "" if one.get("low") is None else f", {one['low']:.2f}–{one['high']:.2f}"
+                sure = one.get("low") is not None and not no_difference(one)
+                found.append((f"{one['median']:.2f} ×", baseline + within,
+                              "" if not sure else "good" if one["median"] > 1 else "bad"))
+        found.append((rate(figures), "tokens a second", ""))
+        if (figures.get("mean_accepted_length") or 1) > 1:
+            found.append((f"{figures['mean_accepted_length']:.2f}", "tokens a round", ""))
+        identity = next((one for one in figures.get("identical_to", {}).values() if one["of"]), None)
+        if identity:
+            same = identity["same"] == identity["of"]
+            found.append((f"{identity['same']}/{identity['of']}", "answers, same tokens", "good" if same else "bad"))
+        return found
+    return []

@@ -9,27 +9,28 @@ from specbeam.report.escape import escape, visible
 
 T = TypeVar("T")
 # The page stays below 1 MB: what does not fit is left out, and the page says so.
-OUTPUT_BYTES, TOKEN_BYTES = 420_000, 420_000
+PAGE_BYTES = 960_000
+OUTPUT_SHARE, TOKEN_SHARE, BEAM_SHARE = 0.36, 0.38, 0.15
 _ENDINGS = {"eos": "an end token", "stop": "a stop string", "length": "the length limit"}
 _SOURCE = {"plain": "p", "correction": "c", "bonus": "b", "draft": "d"}
 _MORE_SOURCES = "efghijk"  # drafters by other names, in order of appearance; report.css has a colour for each
 
 
 def outputs_section(rows: Iterable[Mapping[str, Any]], prompts: Mapping[str, Mapping[str, Any]],
-                    methods: Mapping[str, Mapping[str, Any]]) -> str:
-    """Every prompt with its answers; methods that gave the same tokens share one cell, the others show where they
-    part from the family's first method."""
+                    methods: Mapping[str, Mapping[str, Any]], most_bytes: int) -> str:
+    """The verdict, then every prompt with its answers; methods that gave the same tokens share one cell, the others
+    show where they part from the family's first method."""
     by_prompt: dict[tuple[str, int], dict[str, Mapping[str, Any]]] = {}
     for row in rows:
         own = by_prompt.setdefault((row["prompt_id"], row["turn"]), {})
         if row["method"] not in own or (own[row["method"]]["status"] != "ok" and row["status"] == "ok"):
             own[row["method"]] = row
-    parts: list[str] = []
+    parts: list[str] = [_verdict(methods)]
     size = 0
     for number, ((prompt_id, turn), answers) in enumerate(_turns_together(by_prompt)):
         block = _prompt_block(prompt_id, turn, answers, prompts.get(prompt_id) or {}, methods, number == 0)
         size += len(block.encode())  # `visible` has replaced lone surrogates, so this cannot fail
-        if size > OUTPUT_BYTES and parts:
+        if size > most_bytes and number:
             parts.append(f"<p>{len(by_prompt) - number} more of the {len(by_prompt)} prompts are left out here, to "
                          "keep this page small; their answers are in rows.jsonl.</p>")
             break
@@ -37,10 +38,30 @@ def outputs_section(rows: Iterable[Mapping[str, Any]], prompts: Mapping[str, Map
     return "".join(parts)
 
 
+def _verdict(methods: Mapping[str, Mapping[str, Any]]) -> str:
+    """Whether each method gave its baselines' tokens, as a list; where not, by how little the target preferred its
+    own."""
+    lines = ""
+    for label, figures in methods.items():
+        compared = {baseline: one for baseline, one in figures.get("identical_to", {}).items() if one["of"]}
+        if not compared:
+            continue
+        parts = []
+        for baseline, one in compared.items():
+            gap = (figures.get("logit_gaps") or {}).get(baseline)
+            first = one.get("first_difference")
+            where = f", first on {first['prompt_id']} at token {first['position'] + 1}" if first else ""
+            near = f", logits at most {gap['largest']:.3g} apart there" if gap else ""
+            parts.append(f"{baseline} in {one['same']} of {one['of']} answers{where}{near}")
+        same = all(one["same"] == one["of"] for one in compared.values())
+        lines += (f'<li class="{"good" if same else "bad"}"><b>{"✓" if same else "✗"} {escape(label)}</b> '
+                  f'{"gave the tokens of" if same else "has the tokens of"} {escape("; ".join(parts))}</li>')
+    return lines and f'<ul class="verdict">{lines}</ul>'
+
+
 def _prompt_block(prompt_id: str, turn: int, answers: Mapping[str, Mapping[str, Any]], prompt: Mapping[str, Any],
                   methods: Mapping[str, Mapping[str, Any]], opened: bool) -> str:
-    turns = prompt.get("turns") or []
-    asked = turns[turn] if turn < len(turns) else _conversation(prompt)
+    asked = asked_of(prompt, turn)
     references = prompt.get("references") or []
     expected = references[turn] if turn < len(references) else []
     groups = _groups(answers, methods)
@@ -104,7 +125,11 @@ def _marked(one: Mapping[str, Any], model: Mapping[str, Any]) -> str:
             f"{escape(ours[end:])}")
 
 
-def _conversation(prompt: Mapping[str, Any]) -> str:
+def asked_of(prompt: Mapping[str, Any], turn: int) -> str:
+    """What was asked at this turn; of a prompt made of messages, all of them."""
+    turns = prompt.get("turns") or []
+    if turn < len(turns):
+        return str(turns[turn])
     messages = prompt.get("messages") or []
     lines = [f"{message.get('role')}: {message.get('content')}" for message in messages]
     return "\n".join(lines) or str(prompt.get("id", ""))
@@ -122,7 +147,8 @@ def _common(ours: str, theirs: str) -> int:
     return next((i for i, (left, right) in pairs if left != right), min(len(ours), len(theirs)))
 
 
-def tokens_data(traces: Sequence[Mapping[str, Any]], prompts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def tokens_data(traces: Sequence[Mapping[str, Any]], prompts: Mapping[str, Mapping[str, Any]],
+                most_bytes: int = PAGE_BYTES) -> dict[str, Any]:
     """What the token view draws: for each prompt its answers' pieces, sources, rounds and probabilities.
 
     Only prompts that some method speculated on; as many as fit, `left_out` counts the others. `sources` says which
@@ -137,11 +163,10 @@ def tokens_data(traces: Sequence[Mapping[str, Any]], prompts: Mapping[str, Mappi
     shown: list[dict[str, Any]] = []
     size = 0
     for (prompt_id, turn), own in wanted.items():
-        turns = (prompts.get(prompt_id) or {}).get("turns") or []
-        asked = visible(turns[turn] if turn < len(turns) else _conversation(prompts.get(prompt_id) or {}))[:400]
+        asked = visible(asked_of(prompts.get(prompt_id) or {}, turn))[:400]
         answers = [_answer(trace, letters) for trace in own if "beam" not in trace["kind"]]
         size += sum(map(_cost, answers)) + len(asked.encode())
-        if size > TOKEN_BYTES and shown:
+        if size > most_bytes and shown:
             break
         shown.append({"name": visible(prompt_id) + (f", turn {turn + 1}" if turn else ""), "prompt": asked,
                       "answers": answers})

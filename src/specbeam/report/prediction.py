@@ -1,0 +1,70 @@
+"""What theory says beside what was measured.
+
+Leviathan et al. 2023 (arXiv 2211.17192, equation 1 and theorem 3.8): with acceptance α, the same at every position, a
+chain of γ proposals brings (1 − α^(γ+1)) ÷ (1 − α) tokens a round, and the speed-up is that ÷ (γ·c + v), where c and v
+are the seconds of a draft step and of a verifying forward in units of a plain step (v is 1 in the paper). α here is how
+often the first proposal of a round was accepted; c and v are this run's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from specbeam.report.escape import escape
+
+Methods = Mapping[str, Mapping[str, Any]]
+
+
+def predicted(rows: Sequence[Mapping[str, Any]], methods: Methods) -> dict[str, dict[str, float]]:
+    """label → draft_length, alpha, c, v, and length and speedup, each predicted and measured. Only chains of fixed
+    length, one prompt at a time, that have a plain method of ours to be compared with."""
+    found: dict[str, dict[str, float]] = {}
+    for label, figures in methods.items():
+        rates = figures.get("acceptance_by_position") or []
+        own = [row for row in rows if row["method"] == label and row["status"] == "ok" and row["rounds"]]
+        plain = next((methods[name] for name in figures.get("speedup", {})
+                      if name in methods and not str(methods[name]["kind"]).startswith("transformers_")), None)
+        if not rates or figures.get("trees") or figures.get("family") != "greedy" or plain is None or not own:
+            continue
+        drafted, rounds = sum(row["drafted"] for row in own), sum(row["rounds"] for row in own)
+        lengths = {len(row["accepted_by_position"]) for row in own if row["accepted_by_position"]}
+        times = [(row["draft_seconds"], row["verify_seconds"]) for row in own]
+        alone = len({row["batch_id"] for row in own}) == len(own)
+        # a chain is shorter than γ only where the answer's end is near
+        if not alone or len(lengths) != 1 or drafted < 0.75 * max(lengths) * rounds or None in sum(times, ()):
+            continue
+        if not plain.get("decode_tokens") or not plain.get("decode_seconds") or not figures.get("decode_tokens"):
+            continue
+        step = plain["decode_seconds"] / plain["decode_tokens"]
+        gamma, alpha = max(lengths), min(rates[0], 1 - 1e-9)
+        c = sum(draft for draft, _ in times) / drafted / step
+        v = sum(verify for _, verify in times) / rounds / step
+        length = (1 - alpha ** (gamma + 1)) / (1 - alpha)
+        found[label] = {"draft_length": gamma, "alpha": alpha, "c": c, "v": v,
+                        "length_predicted": length, "length_measured": figures["mean_accepted_length"],
+                        "speedup_predicted": length / (gamma * c + v),
+                        "speedup_measured": step * figures["decode_tokens"] / figures["decode_seconds"]}
+    return found
+
+
+def prediction_table(rows: Sequence[Mapping[str, Any]], methods: Methods) -> str:
+    """Predicted and measured tokens a round and speed-up of every chain; '' without one."""
+    body = ""
+    for label, one in predicted(rows, methods).items():
+        pairs = "".join(
+            f'<td>{one[f"{name}_predicted"]:.2f}</td><td>{one[f"{name}_measured"]:.2f}</td>'
+            f'<td>{one[f"{name}_predicted"] / one[f"{name}_measured"] - 1:+.0%}</td>' for name in ("length", "speedup"))
+        body += (f'<tr><th scope="row">{escape(label)}</th><td>{one["draft_length"]:.0f}</td>'
+                 f'<td>{one["alpha"]:.0%}</td><td>{one["c"]:.2f}</td><td>{one["v"]:.2f}</td>{pairs}</tr>')
+    if not body:
+        return ""
+    return ('<h3>Prediction and measurement</h3><div class="wide"><table class="figures"><thead><tr><th></th>'
+            '<th scope="col">draft length γ</th><th scope="col">first proposal accepted, α</th>'
+            '<th scope="col">draft step, c</th><th scope="col">verifying, v</th>'
+            '<th scope="col">tokens a round: predicted</th><th scope="col">measured</th><th scope="col">off by</th>'
+            '<th scope="col">× plain: predicted</th><th scope="col">measured</th><th scope="col">off by</th>'
+            f"</tr></thead><tbody>{body}</tbody></table></div>"
+            '<p class="notes">Predicted: (1 − α^(γ+1)) ÷ (1 − α) tokens a round, and that ÷ (γ·c + v); c and v in '
+            "plain steps, measured in this run (Leviathan et al. 2023). It takes every proposal to be as good as the "
+            "first. Measured × plain: of all tokens together.</p>")

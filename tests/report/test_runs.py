@@ -1,0 +1,145 @@
+"""Run folders as they are found: whole, half written, of other targets, or none at all."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from fake_run import METHODS, write_run
+from rich.console import Console
+
+from specbeam import cli
+from specbeam.errors import InputError
+from specbeam.report.build import page
+from specbeam.report.categories import category_table, speedups_by_category
+from specbeam.report.figures import write_figures
+from specbeam.report.prediction import predicted
+from specbeam.report.reporting import report
+from specbeam.report.runs import read_run
+from specbeam.report.side_by_side import names_of, not_comparable
+
+
+def change(folder: Path, file: str, **values) -> None:
+    path = folder / file
+    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **values}), "utf-8")
+
+
+def printed(*folders: Path, **options) -> str:
+    console = Console(width=200, file=io.StringIO())
+    assert report(list(folders), console, **options) == 0
+    return console.file.getvalue()
+
+
+def test_a_whole_run_misses_nothing(tmp_path):
+    assert read_run(write_run(tmp_path)).missing == []
+
+
+def test_a_run_that_was_killed_says_how_far_it_came(tmp_path):
+    folder = write_run(tmp_path)
+    for name in ("summary.json", "trace.jsonl", "environment.json", "beams.jsonl"):
+        (folder / name).unlink()
+    config = {"methods": METHODS, "repeats": 2, "only": None, "target": {"path": "bundled"}}
+    (folder / "config.yaml").write_text(json.dumps(config), "utf-8")
+    rows = (folder / "rows.jsonl").read_bytes()
+    (folder / "rows.jsonl").write_bytes(rows[: len(rows) // 8])  # the last line is cut in half
+    text = printed(folder)
+    assert "This run was not finished: it has 6 of 48 rows" in text
+    assert "methods transformers_greedy, transformers_assisted, transformers_beam have no row" in text
+    for sentence in ("1 line of rows.jsonl could not be read", "trace.jsonl is missing", "environment.json is missing"):
+        assert sentence in text and sentence in (folder / "report.html").read_text("utf-8")
+
+
+def test_runs_of_different_targets_are_marked_as_not_comparable(tmp_path):
+    one, other = write_run(tmp_path / "one"), write_run(tmp_path / "other")
+    change(other, "summary.json", target={"path": "gpt2"}, dtype="bfloat16")
+    runs = [read_run(one), read_run(other)]
+    assert "Not comparable: the runs have different targets (one: bundled, other: gpt2)" in not_comparable(runs, [
+        "one", "other"])[0]
+    text = printed(one, other, output=tmp_path / "both.html")
+    assert "Not comparable" in text
+    html = (tmp_path / "both.html").read_text("utf-8")
+    assert html.count("<small>not comparable</small>") == 2 and len(html.encode()) < 1_000_000
+
+
+def test_runs_of_one_target_are_compared_and_told_apart(tmp_path):
+    one, other = write_run(tmp_path / "x" / "run"), write_run(tmp_path / "y" / "run")
+    (other / "config.yaml").write_text(json.dumps({"methods": METHODS, "batch_size": 4}), "utf-8")
+    runs = [read_run(one), read_run(other)]
+    assert names_of(runs) == ["x/run", "y/run"] and not_comparable(runs, names_of(runs)) == []
+    html = page(runs)
+    assert "not comparable" not in html.lower()
+    assert '<tr><th scope="row">batch_size</th><td>1</td><td>4</td></tr>' in html
+
+
+def test_many_runs_stay_below_a_megabyte(tmp_path):
+    runs = [read_run(write_run(tmp_path / str(i), prompts=42, tokens=300)) for i in range(4)]
+    assert len(page(runs).encode()) < 1_000_000
+
+
+def test_what_is_no_run_is_refused_in_one_sentence(tmp_path, capsys):
+    file, empty, started = tmp_path / "file", tmp_path / "empty", tmp_path / "started"
+    file.write_text("x")
+    empty.mkdir()
+    started.mkdir()
+    (started / "config.yaml").write_text("methods: {greedy: {kind: greedy}}")
+    run = write_run(tmp_path / "run")
+    for arguments, sentence in [
+        ([], "needs a run folder"), ([str(tmp_path / "none")], "There is no folder"), ([str(file)], "is a file"),
+        ([str(empty)], "holds no run"), ([str(started)], "a run without a single row"),
+        ([str(run), str(run)], "given twice"), ([str(run), "--figures", "gif"], "use pdf, svg, png"),
+        ([str(run), "--figures"], "--figures wants a value"), ([str(run), "--fast"], "There is no flag"),
+        ([str(run), f"--output={tmp_path}"], "cannot be written"),
+    ]:
+        assert cli.main(["report", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert sentence in error and error.count("\n") == 1
+
+
+def test_speedups_by_category_are_medians_over_its_prompts(tmp_path):
+    def row(method, prompt, category, seconds, repeat=0):
+        return {"method": method, "prompt_id": prompt, "turn": 0, "category": category, "status": "ok",
+                "repeat": repeat, "new_tokens": 11, "first_tokens": 1, "decode_seconds": seconds}
+
+    methods = {"greedy": {"kind": "greedy", "speedup": {}}, "fast": {"kind": "speculative", "speedup": {"greedy": {}}}}
+    rows = [row("greedy", "1", "qa", 1.0), row("greedy", "2", "math", 1.0), row("greedy", "3", "math", 3.0),
+            row("fast", "1", "qa", 0.5), row("fast", "2", "math", 2.0), row("fast", "3", "math", 2.0)]
+    found = speedups_by_category(rows, methods)
+    assert found == {"fast": {"qa": [2.0], "math": [0.5, 1.5]}}
+    assert ">1.00<" in category_table(rows, methods) and "0.50, 1.50" in category_table(rows, methods)
+    assert category_table(rows[:1], methods) == ""
+
+
+def test_the_prediction_is_leviathans_formula():
+    def row(method, **figures):
+        return {"method": method, "status": "ok", "batch_id": method, "draft_seconds": None, "verify_seconds": None,
+                "drafted": 0, "rounds": 10, "accepted_by_position": [], **figures}
+
+    rows = [row("greedy"), row("fast", drafted=40, draft_seconds=0.4, verify_seconds=1.2,
+                               accepted_by_position=[[10, 8], [10, 6], [10, 5], [10, 4]])]
+    methods = {"greedy": {"kind": "greedy", "speedup": {}, "decode_tokens": 100, "decode_seconds": 10.0},
+               "fast": {"kind": "speculative", "family": "greedy", "speedup": {"greedy": {}}, "trees": False,
+                        "acceptance_by_position": [0.8, 0.6, 0.5, 0.4], "mean_accepted_length": 3.3,
+                        "decode_tokens": 33, "decode_seconds": 1.65}}
+    one = predicted(rows, methods)["fast"]
+    length = (1 - 0.8**5) / (1 - 0.8)
+    assert one["length_predicted"] == pytest.approx(length)
+    assert (one["c"], one["v"]) == (pytest.approx(0.1), pytest.approx(1.2))
+    assert one["speedup_predicted"] == pytest.approx(length / (4 * 0.1 + 1.2))
+    assert one["speedup_measured"] == pytest.approx(2.0)
+
+
+def test_figures_for_a_paper_are_written(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (pip install 'specbeam[figures]')")
+    run = read_run(write_run(tmp_path))
+    paths = write_figures(run, "pdf")
+    assert [path.name for path in paths] == ["speedups.pdf", "quality.pdf", "acceptance.pdf", "phases.pdf"]
+    assert all(path.read_bytes().startswith(b"%PDF") for path in paths)
+    assert (paths[0].parent).name == "figures"
+
+
+def test_without_matplotlib_figures_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("specbeam.report.figures.find_spec", lambda _: None)
+    with pytest.raises(InputError, match="needs matplotlib"):
+        report([write_run(tmp_path)], Console(file=io.StringIO()), figures="pdf")
