@@ -181,26 +181,39 @@ def test_a_sampled_row_is_the_same_in_any_batch(shape):
 
 # `costs` freezes what auto decides by.
 
-def test_with_costs_a_sampled_run_of_auto_is_repeatable_token_for_token(tmp_path):
+PAYS = {"plain": [1.0], "round": [1.5], "tokens": [2.0] * 5, "draft": [0.1], "verify": {"1": [1.0], "4": [1.3]},
+        "tried": [0] * 10, "kept": [0] * 10}
+
+
+def test_with_costs_a_sampled_run_of_auto_is_repeatable_token_for_token_in_any_batch(tmp_path):
+    target, draft, file = model("qwen2", seed=3), good_draft("qwen2", seed=3), tmp_path / "costs.json"
+    file.write_text(json.dumps(PAYS | {"tried": [20] * 10, "kept": [9, 11, 13, 15, 17, 18, 18, 19, 19, 20]}))
+    options = {"draft_length": "auto", "temperature": 0.6, "max_new_tokens": 40, "costs": str(file)}
+    first = speculative_generate(target, draft, ROWS, seed=[1, 2, 3, 4], **options)
+    again = speculative_generate(target, draft, ROWS, seed=[1, 2, 3, 4], **options)
+    assert again.tokens == first.tokens
+    assert len({one.drafted for row in first.trace for one in row.rounds}) > 2, "auto is to have stopped early at times"
+    for few in ([1], [3, 0]):
+        some = speculative_generate(target, draft, [ROWS[row] for row in few], seed=[row + 1 for row in few], **options)
+        assert some.tokens == [first.tokens[row] for row in few]
+        assert [[one.proposed for one in row.rounds] for row in some.trace] == [
+            [one.proposed for one in first.trace[row].rounds] for row in few]
+
+
+def test_what_auto_learned_can_be_frozen(tmp_path):
     target, draft, file = model("qwen2", seed=3), good_draft("qwen2", seed=3), str(tmp_path / "costs.json")
     options = {"draft_length": "auto", "temperature": 0.6, "max_new_tokens": 40, "eos_token_id": None}
-    for seed in range(3):
-        speculative_generate(target, draft, ROWS[:2], seed=seed, **options)
-    length.write_costs(file, target, draft, rows=2)
-    first = speculative_generate(target, draft, ROWS[:2], costs=file, **options)
-    length._known.clear()
-    again = speculative_generate(target, draft, ROWS[:2], costs=file, **options)
-    assert again.tokens == first.tokens
-    assert [[one.proposed for one in row.rounds] for row in again.trace] == [
-        [one.proposed for one in row.rounds] for row in first.trace]
-    assert sum(one.drafted for row in first.trace for one in row.rounds), "auto is to have proposed something"
+    speculative_generate(target, draft, ROWS[:2], **options)
+    length.write_costs(file, target, draft, rows=2, temperature=0.6)
+    assert speculative_generate(target, draft, ROWS[:2], costs=file, **options).tokens
+    with pytest.raises(InputError, match="nothing was learned yet for drafter=draft_model with 3 rows"):
+        length.write_costs(file, target, draft, rows=3, temperature=0.6)
 
 
 def test_auto_samples_from_the_target(tmp_path):
     """Costs under which it sometimes stops early: by the draft's confidence before a token is drawn."""
     file = tmp_path / "costs.json"
-    file.write_text(json.dumps({"plain": [1.0], "round": [1.5], "tokens": [2.0] * 5, "draft": [0.1], "wait": 4,
-                                "verify": {"1": [1.0], "4": [1.3]}, "tried": [0] * 10, "kept": [0] * 10}))
+    file.write_text(json.dumps(PAYS))
     out = speculative_generate(*small(), [PROMPT] * 50, draft_length="auto", costs=str(file), max_new_tokens=STEPS + 1,
                                **LAWS["temperature"][0])
     assert {0, 1, 2} <= {one.drafted for row in out.trace for one in row.rounds}

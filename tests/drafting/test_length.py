@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 
 import pytest
 import torch
 
-from specbeam.drafting import Proposal, Settings
+from specbeam.drafting import Proposal, Settings, length
 from specbeam.drafting.length import Costs, Length, read_costs, write_costs
 from specbeam.errors import InputError
 
@@ -44,7 +45,7 @@ def drafted_rounds(chosen: Length, kept: int, of: int, seconds: float, count: in
                    confidence: float = 0.9) -> None:
     for _ in range(count):
         chosen.round_done(proposal(of, confidence=confidence), [list(range(kept))], [kept + 1],
-                          [draft_seconds * of, 1.0, seconds], of + 1)
+                          [draft_seconds * of, seconds - draft_seconds * of, seconds], of + 1)
 
 
 def test_a_fixed_length_is_always_proposed(target, draft):
@@ -52,13 +53,13 @@ def test_a_fixed_length_is_always_proposed(target, draft):
     assert fixed.fixed
     assert fixed.limits([5, 2, 0]) == [5, 2, 0]
     assert fixed.why == ["length", "end of answer", "end of answer"]
-    assert fixed.proposes(0, 0.0) and fixed.reads_on(0, 3)
+    assert fixed.proposes([True] * 3, [0.0] * 3) == fixed.reads_on([True] * 3) == [True] * 3
 
 
 def test_a_threshold_stops_where_the_draft_is_less_sure(target, draft):
     sure = Length(Settings(draft_length=5, confidence_threshold=0.4), target, draft, 2)
     sure.limits([5, 5])
-    assert [sure.proposes(0, 0.4), sure.proposes(1, 0.39)] == [True, False]
+    assert sure.proposes([True, True], [0.4, 0.39]) == [True, False]
     assert sure.why == ["length", "confidence"]
 
 
@@ -77,22 +78,49 @@ def test_auto_goes_on_where_rounds_with_proposals_are_faster(target, draft):
     assert [chosen.limits([8]) for _ in range(20)] == [[8]] * 20
 
 
-def test_auto_falls_back_to_plain_rounds_and_tries_again_ever_later(target, draft):
-    chosen = auto(target, draft)
-    plain_rounds(chosen)
-    drafted_rounds(chosen, kept=0, of=4, seconds=1.5, count=3)
+def tries(chosen: Length, rounds: int, kept: int, of: int, seconds: float) -> list[int]:
+    """How many plain rounds stood before each one with proposals."""
     waits, wait = [], 0
-    for _ in range(1200):
+    for _ in range(rounds):
         if chosen.limits([8])[0]:
             waits.append(wait)
             wait = 0
-            drafted_rounds(chosen, kept=0, of=4, seconds=1.5, count=1)
+            drafted_rounds(chosen, kept, of, seconds, count=1)
         else:
-            assert chosen.why == ["does not pay"]
             wait += 1
             plain_rounds(chosen, 1)
-    assert waits[:5] == [0, 8, 16, 32, 64]
-    assert set(waits[5:]) == {128}
+    return waits
+
+
+def test_auto_falls_back_to_plain_rounds_and_tries_again_ever_later(target, draft):
+    chosen = auto(target, draft)
+    plain_rounds(chosen)
+    waits = tries(chosen, 1200, kept=0, of=4, seconds=1.5)
+    assert waits[:15] == [0] * 9 + [4, 8, 16, 32, 64, 128], "a round loses half a plain one: nine use the credit up"
+    assert set(waits[15:]) == {128}
+
+
+@pytest.mark.parametrize("seconds", [1.2, 1.5, 2.5])
+def test_what_never_pays_costs_a_few_rounds_and_then_at_most_two_in_a_hundred(target, draft, seconds):
+    chosen = auto(target, draft)
+    plain_rounds(chosen)
+    lost = [len(tries(chosen, rounds, kept=0, of=4, seconds=seconds)) * (seconds - 1) for rounds in (300, 3000)]
+    assert lost[0] < 15 and lost[1] < 0.02 * 3000
+
+
+def test_a_single_slow_round_is_not_held_against_proposals(target, draft):
+    chosen = auto(target, draft)
+    plain_rounds(chosen)
+    drafted_rounds(chosen, kept=2, of=4, seconds=1.5)
+    drafted_rounds(chosen, kept=2, of=4, seconds=90.0, count=1)
+    assert chosen.limits([8]) == [8]
+
+
+def test_plain_rounds_are_measured_again_now_and_then(target, draft):
+    chosen = auto(target, draft)
+    plain_rounds(chosen)
+    waits = tries(chosen, 400, kept=4, of=4, seconds=1.5)
+    assert [place for place, wait in enumerate(waits) if wait] == [64, 128, 192, 256, 320, 384]
 
 
 def test_auto_comes_back_when_a_try_succeeds(target, draft):
@@ -112,7 +140,7 @@ def test_auto_stops_where_the_chance_of_the_whole_prefix_is_below_its_cost(targe
     plain_rounds(chosen)
     chosen.costs.verify[5].append(2.0)
     chosen.limits([8])
-    assert [chosen.proposes(0, 0.6) for _ in range(4)] == [True, True, False, False]  # 0.6, 0.36, 0.216
+    assert [chosen.proposes([True], [0.6])[0] for _ in range(4)] == [True, True, False, False]  # 0.6, 0.36, 0.216
     assert chosen.why == ["not worth its time"]
 
 
@@ -120,9 +148,17 @@ def test_auto_believes_what_was_accepted_more_than_what_the_draft_thinks(target,
     chosen = auto(target, draft)
     plain_rounds(chosen)
     for _ in range(100):
-        chosen.costs.learn(0.95, False)
-    assert chosen.costs.acceptance(0.95) < 0.05
-    assert chosen.costs.acceptance(0.55) == pytest.approx(0.55), "nothing is known of other confidences"
+        chosen.costs.learned.learn(0.95, False)
+    assert chosen.costs.learned.acceptance(0.95) < 0.05
+    assert chosen.costs.learned.acceptance(0.55) == pytest.approx(0.55), "nothing is known of other confidences"
+
+
+def test_what_was_accepted_long_ago_is_forgotten(target, draft):
+    chosen = auto(target, draft)
+    for _ in range(50):
+        chosen.costs.learned.learn(0.95, False)
+    plain_rounds(chosen, 600)
+    assert chosen.costs.learned.acceptance(0.95) > 0.8
 
 
 def test_auto_reads_on_only_when_a_draft_forward_is_worth_its_time(target, draft):
@@ -130,14 +166,28 @@ def test_auto_reads_on_only_when_a_draft_forward_is_worth_its_time(target, draft
     plain_rounds(chosen)
     chosen.costs.draft.append(0.8)
     chosen.limits([8] * 4)
-    assert not chosen.reads_on(0, rows=1)
-    assert chosen.reads_on(0, rows=4), "four rows share the forward"
+    chosen.proposes([True] * 4, [1.0] * 4)
+    for _ in range(20):
+        chosen.costs.learned.learn(0.95, True)
+    assert not any(chosen.reads_on([True, False, True, True])), "all four rows wait for it"
+    assert all(chosen.reads_on([True] * 4))
+
+
+def test_a_column_that_all_rows_pay_for_must_be_worth_it_for_all_together(target, draft):
+    chosen = auto(target, draft, rows=4)
+    plain_rounds(chosen)
+    chosen.costs.verify[5].append(2.0)  # 0.25 plain rounds a column
+    chosen.limits([8] * 4)
+    assert chosen.proposes([True] * 4, [0.9, 0.0, 0.1, 0.1]) == [True] * 4, "1.1 tokens for one"
+    chosen.limits([8] * 4)
+    assert chosen.proposes([True, False, False, False], [0.9] * 4) == [False] * 4, "0.9 tokens for one"
+    assert chosen.why == ["not worth its time", "length", "length", "length"]
 
 
 def test_what_a_round_taught_is_by_confidence_and_ends_at_the_first_rejection(target, draft):
     chosen = auto(target, draft)
     chosen.round_done(proposal(4, confidence=0.85), [[0, 1]], [3], [0.4, 1.0, 1.5], 5)
-    assert (chosen.costs.tried[8], chosen.costs.kept[8]) == (3, 2)
+    assert (chosen.costs.learned.tried[8], chosen.costs.learned.kept[8]) == (3, 2)
     assert chosen.costs.draft[0] == pytest.approx(0.1)
     assert list(chosen.costs.tokens) == [3]
 
@@ -147,6 +197,20 @@ def test_what_was_learned_stays_with_the_pair_from_prompt_to_prompt(target, draf
     assert auto(target, draft).limits([8]) == [8]
     assert auto(target, Pair()).limits([8]) == [0], "another draft is another pair"
     assert auto(target, draft, rows=2).limits([8, 8]) == [0, 0], "another batch size has other seconds"
+
+
+def test_what_is_accepted_is_the_same_in_every_batch_size(target, draft):
+    learned(target, draft)
+    assert auto(target, draft, rows=5).costs.learned is auto(target, draft).costs.learned
+
+
+def test_what_was_learned_goes_with_the_draft(target):
+    """Another one may come to lie where the first one lay."""
+    for _ in range(20):
+        plain_rounds(auto(target, Pair()))
+        assert auto(target, Pair()).limits([8]) == [0]
+    gc.collect()
+    assert not length._known[target]
 
 
 def test_proposals_without_a_model_are_cut_to_what_pays_and_stay_trees(target):
@@ -182,13 +246,12 @@ def test_costs_come_back_as_they_were_written_and_learn_no_more(target, draft, t
     before = learned(target, draft).costs
     write_costs(file, target, draft)
     costs = read_costs(file)
-    assert costs.frozen
-    for name in ("plain", "round", "tokens", "draft", "verify", "tried", "kept", "wait"):
+    for name in ("plain", "round", "tokens", "draft", "verify"):
         assert getattr(costs, name) == getattr(before, name)
     chosen = auto(target, draft, costs=file)
     drafted_rounds(chosen, kept=0, of=4, seconds=9.0)
-    assert (chosen.costs.plain, chosen.costs.kept) == (costs.plain, costs.kept)
-    assert before.kept == costs.kept
+    assert (chosen.costs.plain, chosen.costs.learned) == (costs.plain, costs.learned)
+    assert (before.learned.tried, before.learned.kept) == (costs.learned.tried, costs.learned.kept)
 
 
 def test_frozen_costs_decide_the_same_every_time(target, draft, tmp_path):
@@ -201,10 +264,28 @@ def test_frozen_costs_decide_the_same_every_time(target, draft, tmp_path):
         found = []
         for turn in range(30):
             found.append(chosen.limits([8, 3]))
-            found.append([chosen.proposes(row, 0.1 * (turn % 9)) for row in (0, 1)])
+            found.append(chosen.proposes([True, True], [0.1 * (turn % 9), 0.9]))
+            found.append(chosen.reads_on([True, True]))
         return found
 
     assert decisions() == decisions()
+
+
+def test_with_frozen_costs_a_row_decides_as_it_would_alone(target, draft, tmp_path):
+    file = str(tmp_path / "costs.json")
+    file_of = learned(target, draft)
+    file_of.costs.verify[5].append(1.5)
+    write_costs(file, target, draft)
+
+    def decisions(confidences):
+        chosen = auto(Pair(), Pair(), costs=file, rows=len(confidences))
+        rows = [True] * len(confidences)
+        chosen.limits([8] * len(rows))
+        return list(zip(chosen.proposes(rows, confidences), chosen.reads_on(rows), strict=True))
+
+    alone = [decisions([confidence])[0] for confidence in (0.05, 0.4, 0.95)]
+    assert decisions([0.05, 0.4, 0.95]) == alone
+    assert len(set(alone)) > 1
 
 
 def test_there_is_nothing_to_freeze_before_anything_was_learned(target, draft, tmp_path):
@@ -214,12 +295,12 @@ def test_there_is_nothing_to_freeze_before_anything_was_learned(target, draft, t
 
 
 GOOD = {"plain": [1.0], "round": [], "tokens": [], "draft": [], "verify": {"1": [1.0]}, "tried": [0] * 10,
-        "kept": [0] * 10, "wait": 4}
+        "kept": [0] * 10}
 
 
 @pytest.mark.parametrize("text", [
     "not json", "[]", "{}", "\udcff", *(json.dumps(GOOD | wrong) for wrong in (
-        {"tried": [0] * 9}, {"tried": ["x"] * 10}, {"kept": None}, {"wait": None}, {"wait": -1}, {"plain": []},
+        {"tried": [0] * 9}, {"tried": ["x"] * 10}, {"kept": None}, {"kept": [-1] * 10}, {"plain": []},
         {"plain": ["x"]}, {"plain": [0.0]}, {"plain": [float("nan")]}, {"round": [1.0], "tokens": []},
         {"verify": []}, {"verify": {}}, {"verify": {"1": []}}, {"verify": {"a": [1]}}))])
 def test_a_file_that_is_no_costs_file_is_refused_in_one_sentence(tmp_path, text):

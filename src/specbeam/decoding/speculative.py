@@ -40,8 +40,8 @@ def speculative_generate(target: PreTrainedModel, draft: PreTrainedModel | None,
     """Speculative decoding; other arguments as in `greedy_generate` and `sample_generate`.
 
     draft: a model of the target's vocabulary (or see `vocabulary`); None for drafters without one. draft_length: how
-    deep a proposal goes (γ ≥ 1), or "auto": as deep as it pays (drafting/length.py; `costs`: a file that freezes what
-    it learned).
+    deep a proposal goes (γ ≥ 1), or "auto": as deep as it pays (drafting/length.py). costs: a file by
+    `drafting.length.write_costs` that freezes what auto learned: a seed then gives the same tokens in any batch.
     confidence_threshold: stop a proposal where the draft's largest probability is below it. temperature: 0 is greedy,
     above 0 samples (`top_k`, `top_p`, … are then honoured, for draft and target alike). drafter: a name in
     specbeam.drafting.DRAFTERS. branching: children per node at each depth, as [3, 2, 1, 1], in place of a chain.

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from specbeam.drafting import Drafter, Proposal, Settings, draft_model, suffix, token_recycling
-from specbeam.drafting.length import Length
+from specbeam.drafting.length import UNKNOWN, Length
 
 
 def make(settings: Settings, target: Any, draft: Any, request: Any, vocabulary: int) -> Combined:
@@ -40,6 +40,7 @@ class Combined:
         if not any(self.asked):
             return first
         second = self.second.propose(sequences, left, length)
+        first = first if second.q is None else length.trim(first)
         of_row = [second if asked else first for asked in self.asked]
         return Proposal(
             tokens=[one.tokens[row] for row, one in enumerate(of_row)],
@@ -47,7 +48,8 @@ class Combined:
             q=None if second.q is None else points(second.q, first.tokens, self.asked),
             source=[one.source[row] for row, one in enumerate(of_row)],
             why=list(length.why),
-            confidence=[one.confidence[row] for row, one in enumerate(of_row)] if second.confidence else [],
+            confidence=[one.confidence[row] if one.confidence else [UNKNOWN] * len(one.tokens[row])
+                        for row, one in enumerate(of_row)],
             forwards=second.forwards)
 
     def accept(self, paths: Sequence[Sequence[int]]) -> None:

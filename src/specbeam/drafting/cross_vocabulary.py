@@ -113,13 +113,13 @@ class ExactMatch(OtherVocabulary):
         wanted = [limit > 0 for limit in limits]
         for depth in range(self.shape.depth):
             confidence, best = logits[:, 0].float().softmax(-1).max(-1)
-            live = sum(wanted)
+            wanted = length.proposes(wanted, confidence.tolist())
             for row, (token, p) in enumerate(zip(best.tolist(), confidence.tolist(), strict=True)):
-                wanted[row] = wanted[row] and length.proposes(row, p)
                 if wanted[row]:
                     drafted[row].append(token)
                     sure[row].append(p)
-                    wanted[row] = token in self.both.draft.bytes_of and length.reads_on(row, live)
+                    wanted[row] = token in self.both.draft.bytes_of
+            wanted = length.reads_on(wanted)
             if depth + 1 == self.shape.depth or not any(wanted):
                 break
             logits = self._extend(best[:, None], torch.full_like(best[:, None], depth), wanted)

@@ -29,7 +29,7 @@ class Costs:
     pause: int = 16  # rounds until a neighbour is tried
 
 
-_known: WeakKeyDictionary[Any, dict[tuple, Costs]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict[tuple, Costs]]] = WeakKeyDictionary()
 
 
 class Depth:
@@ -37,13 +37,13 @@ class Depth:
 
     def __init__(self, target: Any, draft: Any, length: int | str, num_beams: int, draft_beams: int, rows: int):
         self.auto, self.fixed, self.why = length == "auto", length, "length"
-        self.target, self.key = target, (id(draft), num_beams, draft_beams)
+        self.models, self.key = (target, draft), (num_beams, draft_beams)
         self.costs = Costs()
         self.rows(rows)
 
     def rows(self, rows: int) -> None:
         """Go on with so many rows: a forward's cost depends on them, and what is known so far is a first guess."""
-        known = _known.setdefault(self.target, {})
+        known = _known.setdefault(self.models[0], WeakKeyDictionary()).setdefault(self.models[1], {})
         if (*self.key, rows) not in known:
             known[(*self.key, rows)] = deepcopy(self.costs)
         self.costs = known[(*self.key, rows)]

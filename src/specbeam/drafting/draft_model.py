@@ -86,15 +86,15 @@ class DraftModel:
         q: list[Tensor] = []
         above = [-1]  # the frontier: numbers of the nodes whose children come next
         sure: list[list[float]] = [[] for _ in sequences]
-        wanted, counts, forwards = [limit > 0 for limit in limits], [0] * rows, 1
+        wanted, counts, seen, forwards = [limit > 0 for limit in limits], [0] * rows, [0] * rows, 1
         for depth in range(deepest):
             drawn = torch.cat(tokens, 1).tolist() if tokens else [[] for _ in sequences]
             paths = self._paths(sequences, drawn, [parents] * rows, [above] * rows)
             scores = self._scores(logits, paths)
             if not length.fixed:  # to stop is decided before a token is drawn, by its prefix alone
                 largest = scores[:, 0].softmax(-1).amax(-1).tolist()
+                wanted = length.proposes(wanted, largest)
                 for row, confidence in enumerate(largest):
-                    wanted[row] = wanted[row] and length.proposes(row, confidence)
                     sure[row] += [confidence] * wanted[row]
             if not any(wanted):
                 break
@@ -105,16 +105,16 @@ class DraftModel:
             tokens.append(children.flatten(1))
             above = list(range(first, len(parents)))
             counts = [len(parents) if here else n for here, n in zip(wanted, counts, strict=True)]
-            live = sum(wanted)
-            wanted = [here and depth + 1 < limit and (length.fixed or length.reads_on(row, live))
-                      for row, (here, limit) in enumerate(zip(wanted, limits, strict=True))]
+            wanted = length.reads_on([here and depth + 1 < limit for here, limit in zip(wanted, limits, strict=True)])
             if not any(wanted):
                 break
             if depth + 1 < deepest:
                 hang = torch.tensor([parents[node] + 1 for node in above], device=device).expand(rows, -1)
                 logits, forwards = self._extend(tokens[-1], hang, wanted), forwards + 1
+                seen = [len(parents) if here else n for here, n in zip(wanted, seen, strict=True)]
         flat = torch.cat(tokens, 1).tolist() if tokens else [[]] * rows
-        self.numbers = [list(range(1, n + 1)) for n in counts]
+        self.numbers = [[i + 1 if i < read else sys.maxsize for i in range(n)]
+                        for n, read in zip(counts, seen, strict=True)]
         return Proposal(
             [ids[:n] for ids, n in zip(flat, counts, strict=True)], [parents[:n] for n in counts],
             torch.cat(q, 1) if self.draws and q else None, [self.name] * rows, list(length.why), sure, forwards)

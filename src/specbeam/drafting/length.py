@@ -1,13 +1,15 @@
 """How long a proposal is: fixed, until the draft loses confidence, or as long as it pays.
 
-`auto` compares seconds with tokens. With r the tokens per second that this batch reaches now, one more token is
-proposed if
+`auto` compares seconds with tokens. With r the tokens per second and row that this batch reaches now, one more token
+of every row is proposed if, summed over the rows,
 
-    P(all before it accepted) · P(it is accepted | the draft's confidence) ≥ r · (its share of the forwards' seconds)
+    P(all before it accepted) · P(it is accepted | the draft's confidence) ≥ rows · r · (seconds that it adds)
 
-where the probabilities come from what was accepted before at that confidence, and the seconds are measured. When
-rounds with proposals give fewer tokens per second than plain ones, the batch decodes plainly and tries again after 4,
-8, …, 128 rounds. What was learned stays with the pair of models, from prompt to prompt; `costs` freezes it in a file.
+where the probabilities come from what was accepted at that confidence of late, and the seconds are measured: a token
+more in one row is a column more in everybody's forward. Whether to propose at all is a matter of credit, in plain
+rounds: each round with proposals adds the tokens it brought and takes what it cost. At 0 the batch decodes plainly for
+4 rounds and tries again; each try that fails doubles the pause, up to 128 rounds, each that pays begins anew with 4.
+What was learned stays with the pair of models, from prompt to prompt; `costs` freezes it in a file.
 
 The confidence is the draft's largest probability *before* anything is drawn: to stop or not is a function of the
 prefix, and a drawn token is never dropped for what it is. (Dropping it would bias the output.)
@@ -19,7 +21,7 @@ import json
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from statistics import median
@@ -30,8 +32,12 @@ from specbeam.drafting import Proposal, Settings
 from specbeam.errors import InputError
 
 _BUCKETS = 10
+_MEMORY = 0.99  # of what was accepted, per round: texts change
+_MOST_CREDIT = 4.0  # plain rounds: what a text that has begun to go badly may cost
+_TRY = 0.25  # credit of a try
 _LONGEST_WAIT = 128
-_UNKNOWN = 0.5  # the confidence of drafters that have none: they are judged by what was accepted so far
+_CHECK = 64  # rounds with proposals until a plain one is measured again
+UNKNOWN = 0.5  # the confidence of drafters that have none: they are judged by what was accepted so far
 
 
 def _recent() -> deque[float]:
@@ -39,19 +45,14 @@ def _recent() -> deque[float]:
 
 
 @dataclass
-class Costs:
-    """Measured seconds and acceptance of one pair of models, one drafter and one number of rows."""
+class Learned:
+    """Of one pair of models and one drafter, however many rows."""
 
-    plain: deque[float] = field(default_factory=_recent)  # seconds of a round without proposals
-    round: deque[float] = field(default_factory=_recent)  # of one with
-    tokens: deque[float] = field(default_factory=_recent)  # committed per row in one with
-    draft: deque[float] = field(default_factory=_recent)  # seconds per draft forward
-    verify: defaultdict[int, deque[float]] = field(default_factory=lambda: defaultdict(_recent))  # by new tokens
     tried: list[float] = field(default_factory=lambda: [0.0] * _BUCKETS)  # by confidence
     kept: list[float] = field(default_factory=lambda: [0.0] * _BUCKETS)
-    wait: int = 4  # plain rounds before the next try, doubled by every one that fails
-    left: int = 0  # of them, when the last batch ended
-    frozen: bool = False
+    credit: float = _MOST_CREDIT
+    wait: int = 4  # plain rounds before the next try
+    left: int = 0  # of them
 
     def acceptance(self, confidence: float) -> float:
         """P(accepted), from what was seen at this confidence; with nothing seen, the confidence itself."""
@@ -60,10 +61,30 @@ class Costs:
 
     def learn(self, confidence: float, accepted: bool) -> None:
         place = min(int(confidence * _BUCKETS), _BUCKETS - 1)
-        if self.tried[place] > 500:  # old evidence fades, texts change
-            self.tried[place], self.kept[place] = self.tried[place] / 2, self.kept[place] / 2
         self.tried[place] += 1
         self.kept[place] += accepted
+
+    def paid(self, net: float) -> None:
+        """A round with proposals brought `net` plain rounds more than it cost."""
+        self.credit = min(self.credit + net, _MOST_CREDIT)
+        if self.credit < 0:
+            self.left, self.credit = self.wait, _TRY
+            self.wait = min(2 * self.wait, _LONGEST_WAIT)
+        elif self.credit >= _MOST_CREDIT / 2:
+            self.wait = 4
+
+
+@dataclass
+class Costs:
+    """Measured seconds of one pair of models, one drafter and one number of rows."""
+
+    plain: deque[float] = field(default_factory=_recent)  # seconds of a round without proposals
+    round: deque[float] = field(default_factory=_recent)  # of one with
+    tokens: deque[float] = field(default_factory=_recent)  # committed per row in one with
+    draft: deque[float] = field(default_factory=_recent)  # seconds per draft forward
+    verify: defaultdict[int, deque[float]] = field(default_factory=lambda: defaultdict(_recent))  # by new tokens
+    learned: Learned = field(default_factory=Learned)
+    unchecked: int = 0  # rounds with proposals since the last without
 
     @property
     def plain_rate(self) -> float:
@@ -72,18 +93,30 @@ class Costs:
     @property
     def rate(self) -> float:
         """Tokens per second and row with proposals."""
-        return sum(self.tokens) / len(self.tokens) / median(self.round)
+        return sum(self.tokens) / len(self.tokens) / median(self.round) if self.tokens else self.plain_rate
 
     @property
     def per_token(self) -> float:
-        """Seconds that one more token adds to the target's forward."""
-        few, many = min(self.verify), max(self.verify)
-        if few == many:
-            return 0.0
-        return max(0.0, (median(self.verify[many]) - median(self.verify[few])) / (many - few))
+        """Seconds that one more token of every row adds to the target's forward."""
+        few = min(self.verify)
+        first, weight = median(self.verify[few]), sum(len(s) * (new - few) for new, s in self.verify.items())
+        more = sum(len(s) * (median(s) - first) for s in self.verify.values())
+        return max(0.0, more / weight) if weight else 0.0
+
+    def usual(self, forwards: int, new: int) -> float:
+        """Seconds of a round with so many draft forwards and new tokens, as they mostly are."""
+        draft = forwards * median(self.draft) if forwards else 0.0
+        return median(self.plain) + draft + median(self.verify[new]) - median(self.verify[min(self.verify)])
 
 
-_known: WeakKeyDictionary[Any, dict[tuple, Costs]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict[tuple, Costs]]] = WeakKeyDictionary()
+
+
+def _of_pair(settings: Settings, target: Any, draft: Any) -> tuple[dict[tuple, Costs], tuple]:
+    """What is known of these models, and this drafter's key in it, to which the number of rows is added."""
+    known = _known.setdefault(target, WeakKeyDictionary()).setdefault(target if draft is None else draft, {})
+    return known, (settings.drafter, settings.vocabulary, settings.exit_layer, settings.branches, settings.corpus,
+                   settings.temperature > 0)
 
 
 class Length:
@@ -93,22 +126,21 @@ class Length:
         self.auto = settings.draft_length == "auto"
         self.threshold = settings.confidence_threshold
         self.fixed = not self.auto and not self.threshold
-        self.settings, self.target = settings, target
-        self.partner = (settings.drafter, settings.vocabulary, id(draft) if draft is not None else None)
+        self.settings, self.models = settings, (target, draft)
         self.frozen = read_costs(settings.costs) if settings.costs else None
         self.reach = [1.0] * rows  # P(all proposed so far accepted), of the running round
         self.why = [""] * rows
         self.costs = self._costs(rows, Costs())
-        self.left = self.costs.left  # plain rounds until the next try, of all rows: a try costs the whole batch
 
     def _costs(self, rows: int, first: Costs) -> Costs:
         """What is known for so many rows; for a new number, what `first` knows, until it is measured."""
         if self.frozen is not None:
             return self.frozen
-        known = _known.setdefault(self.target, {})
-        if (*self.partner, rows) not in known:
-            known[(*self.partner, rows)] = deepcopy(first)
-        return known[(*self.partner, rows)]
+        known, key = _of_pair(self.settings, *self.models)
+        if (*key, rows) not in known:
+            learned = next((costs.learned for other, costs in known.items() if other[:-1] == key), first.learned)
+            known[(*key, rows)] = replace(deepcopy(first), learned=learned)
+        return known[(*key, rows)]
 
     def limits(self, most: Sequence[int]) -> list[int]:
         """How deep each row may propose in this round; 0: decode plainly."""
@@ -116,111 +148,135 @@ class Length:
                                                   for n in most]
         if not self.auto:
             return list(most)
-        costs = self.costs
-        if not costs.frozen and len(costs.plain) < 2:  # the yardstick first
-            self.why = ["measuring plain"] * len(most)
-            return [0] * len(most)
-        pays = len(costs.tokens) < 3 or costs.rate >= costs.plain_rate
-        waits = self.left > 0
-        if waits:
-            self.left -= 1
-            self.why = ["does not pay"] * len(most)
-        elif not pays:  # this round is the try; the next ones are plain unless it changes the picture
-            self.left = costs.wait
-        if not costs.frozen:
-            costs.left = self.left
-        return [0] * len(most) if waits else list(most)
+        costs, learned = self.costs, self.costs.learned
+        if self.frozen is not None:
+            plainly = "does not pay" if costs.rate < costs.plain_rate else ""
+        elif len(costs.plain) < 2 or costs.unchecked >= _CHECK:  # the yardstick
+            plainly = "measuring plain"
+        else:
+            plainly = "does not pay" if learned.left else ""
+            learned.left -= learned.left > 0
+        if plainly:
+            self.why = [plainly] * len(most)
+        return [0] * len(most) if plainly else list(most)
 
-    def proposes(self, row: int, confidence: float) -> bool:
-        """Whether the row proposes the token after its prefix, given the draft's largest probability there."""
+    def proposes(self, wanted: Sequence[bool], confidence: Sequence[float]) -> list[bool]:
+        """Which of the `wanted` rows propose the token after their prefix, given the draft's largest probability
+        there."""
+        rows = [row for row, here in enumerate(wanted) if here]
         if self.threshold:
-            if confidence < self.threshold:
-                self.why[row] = "confidence"
-            return confidence >= self.threshold
-        if not self.auto:
-            return True
-        self.reach[row] *= self.costs.acceptance(confidence)
-        return self._worth(row, self.reach[row], self.costs.per_token)
+            kept = {row for row in rows if confidence[row] >= self.threshold}
+            self._stop(set(rows) - kept, "confidence")
+        elif self.auto:
+            for row in rows:
+                self.reach[row] *= self.costs.learned.acceptance(confidence[row])
+            kept = self._worth({row: self.reach[row] for row in rows}, self.costs.per_token)
+        else:
+            return list(wanted)
+        return [row in kept for row in range(len(wanted))]
 
-    def reads_on(self, row: int, rows: int) -> bool:
-        """Whether another draft forward is worth its time, before its outcome is known."""
+    def reads_on(self, wanted: Sequence[bool]) -> list[bool]:
+        """Which of the `wanted` rows another draft forward is worth its time for, before its outcome is known."""
         if not self.auto or not self.costs.draft:
-            return True
-        costs = self.costs
-        usual = (sum(costs.kept) + 1) / (sum(costs.tried) + 2)
-        return self._worth(row, self.reach[row] * usual, costs.per_token + median(costs.draft) / rows)
+            return list(wanted)
+        learned = self.costs.learned
+        usual = (sum(learned.kept) + 1) / (sum(learned.tried) + 2)
+        kept = self._worth({row: self.reach[row] * usual for row, here in enumerate(wanted) if here},
+                           self.costs.per_token + median(self.costs.draft))
+        return [row in kept for row in range(len(wanted))]
 
-    def _worth(self, row: int, gain: float, seconds: float) -> bool:
-        costs = self.costs
-        rate = max(costs.plain_rate, costs.rate if costs.tokens else 0.0)
-        if gain >= rate * seconds:
-            return True
-        self.why[row] = "not worth its time"
-        return False
+    def _worth(self, gains: dict[int, float], seconds: float) -> set[int]:
+        """The rows for which one more token, of which gains[row] will be accepted, is worth these seconds of all."""
+        least = max(self.costs.plain_rate, self.costs.rate) * seconds
+        if self.frozen is not None:  # every row by itself: the same in any batch
+            kept = {row for row, gain in gains.items() if gain >= least}
+        else:
+            kept = set(gains) if sum(gains.values()) >= least * len(self.why) else set()
+        self._stop(set(gains) - kept, "not worth its time")
+        return kept
+
+    def _stop(self, rows: set[int], why: str) -> None:
+        for row in rows:
+            self.why[row] = why
 
     def trim(self, proposal: Proposal) -> Proposal:
-        """Cut proposals of drafters without a model to what pays; each token is a function of its prefix."""
-        if not self.auto or proposal.q is not None or proposal.confidence:
+        """Cut proposals that were not drawn to what pays: each of their tokens is a function of its prefix."""
+        if not self.auto or proposal.q is not None:
             return proposal
+        chances: list[list[float]] = []
+        for row, above in enumerate(proposal.parents):
+            sure = proposal.confidence[row] if proposal.confidence else [UNKNOWN] * len(above)
+            chances.append([])
+            for confidence, parent in zip(sure, above, strict=True):
+                before = chances[row][parent] if parent >= 0 else 1.0
+                chances[row].append(before * self.costs.learned.acceptance(confidence))
+        # Best first: never above its parent's, so that the first few are always a tree.
+        best = [sorted(range(len(row)), key=row.__getitem__, reverse=True) for row in chances]
+        kept: list[list[int]] = [[] for _ in best]
+        rows = set(range(len(best)))
+        for column in range(max(map(len, best))):
+            rows = self._worth({row: chances[row][best[row][column]] for row in rows if column < len(best[row])},
+                               self.costs.per_token)
+            for row in rows:
+                kept[row].append(best[row][column])
         tokens, parents = [], []
-        for row, (ids, above) in enumerate(zip(proposal.tokens, proposal.parents, strict=True)):
-            chance: list[float] = []
-            worthy: dict[int, int] = {-1: -1}
-            for node, parent in enumerate(above):
-                chance.append((chance[parent] if parent >= 0 else 1.0) * self.costs.acceptance(_UNKNOWN))
-                if parent in worthy and self._worth(row, chance[node], self.costs.per_token):
-                    worthy[node] = len(worthy) - 1
-            nodes = [node for node in worthy if node >= 0]
+        for ids, above, nodes in zip(proposal.tokens, proposal.parents, map(sorted, kept), strict=True):
+            place = {-1: -1} | {node: new for new, node in enumerate(nodes)}
             tokens.append([ids[node] for node in nodes])
-            parents.append([worthy[above[node]] for node in nodes])
-        return Proposal(tokens, parents, None, proposal.source, list(self.why))
+            parents.append([place[above[node]] for node in nodes])
+        return replace(proposal, tokens=tokens, parents=parents, why=list(self.why))
 
     def round_done(self, proposal: Proposal | None, paths: Sequence[Sequence[int]], committed: Sequence[int],
                    seconds: Sequence[float], new: int) -> None:
         """Learn from a round. seconds: of drafting, of the target's forward, of the whole round; new: the longest
         row's tokens in the target's forward."""
-        costs = self.costs
-        if not self.auto or costs.frozen:
+        costs, learned = self.costs, self.costs.learned
+        if not self.auto or self.frozen is not None:
             return
         draft, verify, whole = seconds
         costs.verify[new].append(verify)
+        learned.tried, learned.kept = ([_MEMORY * n for n in counts] for counts in (learned.tried, learned.kept))
         if proposal is None:
             costs.plain.append(whole)
+            costs.unchecked = 0
             return
+        costs.unchecked += 1
         if proposal.forwards:
             costs.draft.append(draft / proposal.forwards)
-        spoke = [row for row, ids in enumerate(proposal.tokens) if ids]
-        if not spoke:
-            return
-        costs.round.append(whole)
-        costs.tokens.append(sum(committed[row] for row in spoke) / len(spoke))
-        for row in spoke:
-            kept = len(paths[row])
-            sure = proposal.confidence[row] if proposal.confidence else [_UNKNOWN] * len(proposal.tokens[row])
-            for depth, confidence in enumerate(sure[: kept + 1]):
-                costs.learn(confidence, depth < kept)
-        if len(costs.tokens) >= 3:
-            costs.wait = 4 if costs.rate >= costs.plain_rate else min(2 * costs.wait, _LONGEST_WAIT)
+        tokens = sum(committed) / len(committed)
+        if any(proposal.tokens):
+            costs.round.append(whole)
+            costs.tokens.append(tokens)
+        for row, ids in enumerate(proposal.tokens):
+            sure = proposal.confidence[row] if proposal.confidence else [UNKNOWN] * len(ids)
+            for depth, confidence in enumerate(sure[: len(paths[row]) + 1]):
+                learned.learn(confidence, depth < len(paths[row]))
+        if costs.plain:
+            learned.paid(tokens - costs.usual(proposal.forwards, new) * costs.plain_rate)
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         self.costs = self._costs(len(rows), self.costs)
 
 
+_LISTS = ("plain", "round", "tokens", "draft")
+
+
 def read_costs(path: str) -> Costs:
-    """Costs frozen by `write_costs`: with them, the same seed gives the same tokens, whatever the clock says."""
+    """Costs frozen by `write_costs`: with them, the same seed gives the same tokens, whatever the clock says and in
+    whatever batch."""
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
-        costs = Costs(tried=data["tried"], kept=data["kept"], wait=int(data["wait"]), frozen=True)
-        for name in ("plain", "round", "tokens", "draft"):
+        costs = Costs(learned=Learned(data["tried"], data["kept"]))
+        for name in _LISTS:
             getattr(costs, name).extend(float(x) for x in data[name])
         for new, values in data["verify"].items():
             costs.verify[int(new)].extend(float(x) for x in values)
         measured = [*costs.plain, *costs.round, *costs.tokens, *costs.draft, *chain(*costs.verify.values())]
-        counts = [*costs.tried, *costs.kept, costs.wait]
         # Whatever is divided by or compared later is there, and is a number.
-        assert len(costs.tried) == len(costs.kept) == _BUCKETS and costs.plain and all(costs.verify.values())
+        assert len(data["tried"]) == len(data["kept"]) == _BUCKETS and costs.plain and all(costs.verify.values())
         assert costs.verify and bool(costs.round) == bool(costs.tokens)
-        assert all(0 < x < float("inf") for x in measured) and all(0 <= x < float("inf") for x in counts)
+        assert all(0 < x < float("inf") for x in measured)
+        assert all(0 <= x < float("inf") for x in [*data["tried"], *data["kept"]])
     except OSError as error:
         raise InputError(f"costs file {path!r} cannot be read ({error.strerror}): give one written by "
                          "specbeam.drafting.length.write_costs.") from None
@@ -229,15 +285,16 @@ def read_costs(path: str) -> Costs:
     return costs
 
 
-def write_costs(path: str, target: Any, draft: Any = None, drafter: str = "draft_model", vocabulary: str = "same",
-                rows: int = 1) -> None:
-    """Freeze what `draft_length="auto"` has learned so far about this pair, at this batch size."""
-    partner = (drafter, vocabulary, id(draft) if draft is not None else None, rows)
-    costs = _known.get(target, {}).get(partner)
+def write_costs(path: str, target: Any, draft: Any = None, rows: int = 1, **options: Any) -> None:
+    """Freeze what `draft_length="auto"` has learned so far about this pair, at this batch size. options: those of
+    `speculative_generate` that it learned with (drafter, temperature, …)."""
+    settings = Settings(draft_length="auto", **options)
+    known, key = _of_pair(settings, target, draft)
+    costs = known.get((*key, rows))
     if costs is None or not costs.plain:
-        raise InputError(f"nothing was learned yet for drafter={drafter} with {rows} rows: generate with "
-                         "draft_length=\"auto\" first.")
+        raise InputError(f"nothing was learned yet for drafter={settings.drafter} with {rows} rows and these options: "
+                         "generate with draft_length=\"auto\" first.")
     Path(path).write_text(json.dumps({
-        **{name: list(getattr(costs, name)) for name in ("plain", "round", "tokens", "draft", "tried", "kept")},
-        "verify": {str(new): list(values) for new, values in costs.verify.items()}, "wait": costs.wait}, indent=1),
-        encoding="utf-8")
+        **{name: list(getattr(costs, name)) for name in _LISTS}, "tried": costs.learned.tried,
+        "kept": costs.learned.kept, "verify": {str(new): list(values) for new, values in costs.verify.items()}},
+        indent=1), encoding="utf-8")

@@ -76,8 +76,9 @@ class Suffix:
             found = carry_on(text, place, min(limit, 2 * match), self.vocabulary)
             if len(found) < limit:
                 length.why[number] = "match length" if match else "no match"
-            stop = next((n for n in range(len(found)) if not length.proposes(number, sure(match))), len(found))
-            tokens.append(found[:stop])
+            if sure(match) < length.threshold:
+                found, length.why[number] = [], "confidence"
+            tokens.append(found)
         return Proposal(tokens, [list(range(-1, len(ids) - 1)) for ids in tokens], None, [self.name] * len(tokens),
                         list(length.why), [[sure(n)] * len(ids) for n, ids in zip(matched, tokens, strict=True)])
 
