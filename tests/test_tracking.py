@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import http.server
+import json
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,8 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_run import write_run
 
 from specbeam import tracking
+from specbeam.experiment import records
+from specbeam.report.build import write_report
+
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\u202eabc"
 
 ROWS = [
     {"method": "greedy", "prompt_id": "1", "turn": 0, "category": "qa", "repeat": 0, "status": "ok", "new_tokens": 2,
@@ -70,6 +78,34 @@ def test_offline_writes_into_the_run_folder_and_says_nothing(
     text = table.read_text()
     assert text.count("Because.") == 1, "one sample a prompt and method, none for a failed row"
     assert capfd.readouterr() == ("", "")
+
+
+def inspected(folder: Path, *flags: str) -> str:
+    (run,) = offline_runs(folder)
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", *flags, str(run)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def test_samples_with_coloured_tokens_charts_and_the_report_can_be_read_back(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", prompts=2, tokens=12, hostile=HOSTILE)
+    report = write_report(folder)
+    rows, summary = records.read_rows(folder / "rows.jsonl"), records.read_json(folder / "summary.json")
+    assert tracking.track(folder, config("offline"), rows, summary) == []
+    logged = json.loads(inspected(folder, "--summary"))["summary"]
+    rate = summary["methods"]["speculative"]["decode_tokens_per_second"]
+    assert logged["speculative"]["decode_tokens_per_second"] == pytest.approx(rate)
+    assert (logged["samples"]["nrows"], logged["samples"]["ncols"]) == (12, 8)
+    for chart in ("decode rate", "speed and quality", "acceptance"):
+        assert logged[f"charts/{chart}_table"]["nrows"] > 0
+    lines = [json.loads(line) for line in inspected(folder).splitlines()]
+    artifacts = {line["artifact"]["type"]: line["artifact"] for line in lines if line["type"] == "artifact"}
+    (file,) = artifacts["report"]["manifest"]["contents"]
+    assert (file["path"], int(file["size"])) == ("report.html", report.stat().st_size)
+    pieces = [Path(entry["local_path"]).read_text("utf-8") for line in lines if line["type"] == "artifact"
+              for entry in line["artifact"]["manifest"]["contents"] if entry["path"].endswith(".html")
+              and entry["path"] != "report.html"]
+    assert pieces and all("<script" not in piece and "<img" not in piece for piece in pieces)
+    assert any("#cfe3fb" in piece and "draft, round 1" in piece and "⟨U+202E⟩" in piece for piece in pieces)
 
 
 def test_online_without_a_key_goes_on_offline_with_one_sentence(folder: Path) -> None:

@@ -1,4 +1,5 @@
-"""Weights & Biases: the config, a table of samples and the summary, logged when the timed part is over.
+"""Weights & Biases: the config, a table of samples with coloured tokens, charts, the summary and the report as an
+artifact, logged when the timed part is over.
 
 The run folder is the record; this is a copy for those who look there, and nothing here may break or delay a run.
 """
@@ -14,10 +15,14 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
+from specbeam.experiment.records import read_traces, trace_key
+from specbeam.report.coloured import coloured_answer
+
 REACH_SECONDS = 3.0  # to answer at all
 INIT_SECONDS = 10.0  # to open a run
 FINISH_SECONDS = 30.0  # to upload; what is left then lies in the folder for `wandb sync`
 SAMPLE_COLUMNS = ("method", "prompt_id", "turn", "category", "new_tokens", "finish_reason", "text")
+MOST_COLOURED = 200  # answers, each a file of its own
 
 
 def track(folder: Path, config: dict[str, Any], rows: list[dict[str, Any]], summary: dict[str, Any]) -> list[str]:
@@ -126,8 +131,12 @@ def _log(
             settings=wandb.Settings(**known),
         )
         try:
-            run.log({"samples": samples(wandb, rows)})
+            run.log({"samples": samples(wandb, rows, read_traces(folder)), **charts(wandb, summary["methods"])})
             run.summary.update(_plain(summary["methods"]))
+            if (folder / "report.html").exists():
+                artifact = wandb.Artifact(f"report-{run.id}", type="report")
+                artifact.add_file(str(folder / "report.html"))
+                run.log_artifact(artifact)
         finally:
             run.finish()
     finally:
@@ -138,13 +147,36 @@ def _log(
                 os.environ[name] = old
 
 
-def samples(wandb: Any, rows: list[dict[str, Any]]) -> Any:
-    """A table of every answer of the first repeat."""
-    table = wandb.Table(columns=list(SAMPLE_COLUMNS))
+def samples(wandb: Any, rows: list[dict[str, Any]], traces: list[dict[str, Any]]) -> Any:
+    """A table of every answer of the first repeat; the first answers with their tokens coloured by source."""
+    coloured = {trace_key(trace): coloured_answer(trace) for trace in traces[:MOST_COLOURED]}
+    table = wandb.Table(columns=[*SAMPLE_COLUMNS, *(["tokens"] if coloured else [])])
     for row in rows:
         if row["status"] == "ok" and row["repeat"] == 0:
-            table.add_data(*(row[column] for column in SAMPLE_COLUMNS))
+            html = coloured.get(trace_key(row))
+            cell = [wandb.Html(html, inject=False) if html else None] if coloured else []
+            table.add_data(*(row[column] for column in SAMPLE_COLUMNS), *cell)
     return table
+
+
+def charts(wandb: Any, methods: dict[str, Any]) -> dict[str, Any]:
+    """Decode rates, speed against perplexity and acceptance by position, where there are figures for them."""
+    found = {}
+    rates = [[label, one["decode_tokens_per_second"], one.get("perplexity")] for label, one in methods.items()
+             if one.get("decode_tokens_per_second")]
+    if rates:
+        table = wandb.Table(columns=["method", "tokens a second"], data=[row[:2] for row in rates])
+        found["charts/decode rate"] = wandb.plot.bar(table, "method", "tokens a second", title="Decode rate")
+    if scored := [row for row in rates if row[2] is not None]:
+        table = wandb.Table(columns=["method", "tokens a second", "perplexity"], data=scored)
+        found["charts/speed and quality"] = wandb.plot.scatter(table, "tokens a second", "perplexity",
+                                                               title="Speed and quality")
+    if lines := {label: one["acceptance_by_position"] for label, one in methods.items()
+                 if one.get("acceptance_by_position")}:
+        found["charts/acceptance"] = wandb.plot.line_series(
+            xs=[list(range(1, len(line) + 1)) for line in lines.values()], ys=list(lines.values()),
+            keys=list(lines), title="Accepted, by position of the proposal", xname="position")
+    return found
 
 
 def _plain(figures: Any) -> Any:

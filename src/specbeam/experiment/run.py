@@ -86,7 +86,10 @@ def compare(config: dict[str, Any], command: list[str], console: Console) -> int
         raise
     records.write_json(folder / "summary.json", summary)
 
+    from specbeam.report.build import write_report
     from specbeam.tracking import track
+
+    write_report(folder)
 
     for note in track(folder, config, rows, summary):
         console.print(note, style="yellow", highlight=False, soft_wrap=True)
