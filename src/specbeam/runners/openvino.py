@@ -1,0 +1,150 @@
+"""OpenVINO on a CPU: the same token-tree forward, by kernels that use every core and the whole memory bandwidth.
+
+The model's state is append-only, while a tree's slots are written again and again. So slots stay logical: each
+position of the state remembers which slot was written there, a position whose slot was written again is dead, and the
+mask that the model gets is the tree's, gathered by owner. When too much of the state is dead it is compacted.
+One compiled model serves any number of trees: each has an infer request, whose state is its keys and values.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import torch
+from torch import Tensor
+
+from specbeam.engine.runner import Adapter, Runner
+from specbeam.runners.openvino_cache import compiled_model
+
+_HIDDEN = -1e38  # added to a score; finite (in bfloat16 too), as NaN comes of inf - inf
+_SLACK = 64  # dead positions that are left to lie, and beside them a quarter of what lives
+
+
+def make(adapter: Adapter, precision: str | None) -> Runner:
+    """Raises what OpenVINO says of a model that it cannot convert."""
+    if adapter.device.type != "cpu":
+        raise RuntimeError(f"it runs on a CPU, and the model is on {adapter.device}")
+    compiled = compiled_model(adapter, precision)
+    free: list[Any] = []  # requests of trees that are gone
+
+    def open_slots(adapter: Adapter, rows: int, capacity: int) -> StateSlots:
+        request = free.pop() if free else compiled.create_infer_request()
+        request.reset_state()
+        slots = StateSlots(request, rows, capacity)
+        weakref.finalize(slots, free.append, request)
+        return slots
+
+    return Runner("openvino" if precision is None else f"openvino {precision}", open_slots, _forward)
+
+
+def _forward(adapter: Adapter, slots: StateSlots, tokens: Tensor, positions: Tensor, visible: Tensor,
+             near: Tensor | None, keep: Tensor | None) -> Tensor:
+    return slots.forward(tokens, positions, visible, near, keep)
+
+
+class StateSlots:
+    """A tree's slots in the state of one infer request; to TokenTree it is what SlotCache is."""
+
+    def __init__(self, request: Any, rows: int, capacity: int):
+        self.request, self.capacity = request, capacity
+        self.slots = torch.empty(rows, 0, dtype=torch.long)
+        self.span: slice | None = None
+        self.view = self.length = 0  # length: positions of the state
+        self.inputs = {port.get_any_name() for port in request.model_inputs}
+        self._in_order(rows)
+        self.everything: dict[tuple[int, int], Tensor] = {}
+        # Position p holds slot p in every row: nothing has been written twice, and there is nothing to look up.
+        self.plain = True
+        self.owner = self.dead = self.place = torch.empty(0)
+
+    def resize(self, capacity: int) -> None:
+        self.capacity = capacity
+        if not self.plain:
+            self.place = torch.nn.functional.pad(self.place, (0, capacity - self.place.shape[1]))
+
+    def keep_rows(self, index: Tensor) -> None:
+        if self.length:
+            self.order, self.chosen = self.order[index.numpy()], True
+        else:
+            self._in_order(len(index))
+        if not self.plain:
+            self.owner, self.dead, self.place = self.owner[index], self.dead[index], self.place[index]
+
+    def forward(self, tokens: Tensor, positions: Tensor, visible: Tensor, near: Tensor | None, keep: Tensor | None
+                ) -> Tensor:
+        rows, new = tokens.shape
+        if self.length + new - self.view > _SLACK + self.view // 4:
+            self._compact()
+        self._append(rows, new)
+        if keep is None:
+            if (rows, new) not in self.everything:
+                self.everything[rows, new] = torch.arange(new).expand(rows, -1).contiguous()
+            keep = self.everything[rows, new]
+        else:
+            keep = keep[:, None]
+        given = {"tokens": tokens, "positions": positions, "keep": keep}
+        if "mask" in self.inputs:
+            given["mask"] = self._bias(visible)
+        if "near" in self.inputs:
+            given["near"] = self._bias(visible if near is None else near)
+        arrays = {name: tensor.contiguous().numpy() for name, tensor in given.items()}
+        result = self.request.infer({**arrays, "beam_idx": self.order}, share_inputs=True, share_outputs=True)
+        if self.chosen:
+            self._in_order(rows)
+        return torch.from_numpy(result[0]).clone()  # its memory is the next forward's too
+
+    def _in_order(self, rows: int) -> None:
+        """The coming forward goes on with these rows of the state (beam_idx): all, as they are."""
+        self.order, self.chosen = np.arange(rows, dtype=np.int32), False
+
+    def _bias(self, visible: Tensor) -> Tensor:
+        """[rows, 1, new, positions]: what to add to the scores."""
+        bias = torch.where(visible, 0.0, _HIDDEN)
+        if not self.plain:
+            owner = self.owner[:, None, : self.length].expand(-1, visible.shape[1], -1)
+            bias = bias.gather(2, owner).add_(self.dead[:, None, 1 : self.length + 1])
+        return bias[:, None]
+
+    def _append(self, rows: int, new: int) -> None:
+        """The coming forward appends `self.slots`: remember where, and that what they held is dead."""
+        start, self.length = self.length, self.length + new
+        if self.plain:
+            if self.span is not None and self.span.start == start:
+                return
+            self.plain = False
+            self.owner = torch.arange(start).repeat(rows, 1)
+            self.dead = torch.zeros(rows, 1 + start)  # column 0 is for slots that were never written
+            self.place = torch.zeros(rows, self.capacity, dtype=torch.long)  # 1 + position of each slot
+            self.place[:, :start] = torch.arange(1, 1 + start)
+        if self.length > self.owner.shape[1]:
+            more = self.length // 2 + 64
+            self.owner = torch.nn.functional.pad(self.owner, (0, more))
+            self.dead = torch.nn.functional.pad(self.dead, (0, more))
+        self.dead.scatter_(1, self.place.gather(1, self.slots), _HIDDEN)
+        self.owner[:, start : self.length] = self.slots
+        self.place.scatter_(1, self.slots, torch.arange(start + 1, self.length + 1).expand(rows, -1))
+
+    def _compact(self) -> None:
+        """Drop dead positions, and put the others in the order of their slots."""
+        if self.plain:
+            return
+        owner, hidden = self.owner[:, : self.length], self.dead[:, 1 : self.length + 1] < 0
+        order = torch.where(hidden, self.capacity + owner, owner).argsort(1)[:, : int((~hidden).sum(1).max())]
+        for state in self.request.query_state():
+            kept = torch.from_numpy(state.state.data)[torch.from_numpy(self.order).long()]
+            index = order[:, None, :, None].expand(-1, kept.shape[1], -1, kept.shape[3])
+            state.state = ov.Tensor(kept.gather(2, index).numpy())
+        self._in_order(len(order))
+        self.length = order.shape[1]
+        owner, hidden = owner.gather(1, order), hidden.gather(1, order)
+        places = torch.arange(self.length)
+        if not hidden.any() and bool((owner == places).all()):
+            self.plain = True
+            return
+        self.owner, self.dead = owner, torch.nn.functional.pad(torch.where(hidden, _HIDDEN, 0.0), (1, 0))
+        place = torch.zeros(len(owner), self.capacity + 1, dtype=torch.long)  # one column for the dead
+        place.scatter_(1, torch.where(hidden, self.capacity, owner), (places + 1).expand_as(owner))
+        self.place = place[:, : self.capacity]
