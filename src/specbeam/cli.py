@@ -252,6 +252,7 @@ def _console() -> Any:
     warnings.showwarning = say_once
     logger = logging.getLogger("specbeam")
     logger.handlers, logger.propagate = [SayOnce()], False
+    logger.setLevel(logging.INFO)
     return console
 
 

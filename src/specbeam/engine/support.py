@@ -7,9 +7,10 @@ not obey the mask or the positions (recurrent state, ALiBi counted by slot) show
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from functools import partial
 from itertools import product
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -82,13 +83,17 @@ def check_lengths(adapter: Adapter, prompt_tokens: list[int], max_new_tokens: li
             f"are grouped: keep prompt plus max_new_tokens within {limit} tokens.")
 
 
-def runner_error(adapter: Adapter, runner: Runner) -> str | None:
-    """What is wrong with this runner's logits on the probe; None: nothing, it may be used."""
-    model = adapter.model
+def runner_error(adapter: Adapter, runner: Runner, dtype: torch.dtype, itself: bool) -> str | None:
+    """What is wrong with this runner's logits on the probe; None: nothing, it may be used.
+
+    dtype: what it computes in. itself: it runs another model on purpose (rounded weights); then its tree is held
+    against its own chains.
+    """
+    model, adapter = adapter.model, replace(adapter, runner=runner)
     with evaluating(model), torch.no_grad():
-        wanted, gap = _plain_logits(model)
-        error = (_tree_logits(replace(adapter, runner=runner)) - wanted).abs().max().item()
-    return None if error <= _tolerance(model.dtype, wanted, gap) else f"its logits are off by {error:.2g}"
+        wanted, gap = _plain_logits(model, partial(_chain_logits, adapter) if itself else None)
+        error = (_tree_logits(adapter) - wanted).abs().max().item()
+    return None if error <= _tolerance(dtype, wanted, gap) else f"its logits are off by {error:.2g}"
 
 
 def _text_config(model: PreTrainedModel):
@@ -153,14 +158,20 @@ def _paths() -> list[list[int]]:
     return [[tokens[parents[leaf]], tokens[leaf]] for leaf in range(2, len(tokens))]
 
 
-def _plain_logits(model: PreTrainedModel) -> tuple[Tensor, float]:
+def _chain_logits(adapter: Adapter, ids: Tensor) -> Tensor:
+    tree = TokenTree(adapter, len(ids), ids.shape[1])
+    return tree.extend(tree.tips([0] * len(ids)), chain(ids, tree.device), last_only=True)[0][:, -1].float()
+
+
+def _plain_logits(model: PreTrainedModel, run: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, float]:
     """Logits [prompts, leaves, vocabulary] of each path alone, in the order of `_tree_logits`, and how much the other
-    parent changes a leaf."""
+    parent changes a leaf. run: what gives the last token's logits, in place of the model."""
+    run = run or (lambda ids: model(input_ids=ids, use_cache=False).logits[:, -1].float())
     device = embedding(model).device
     rows = []
     for prompt in _PROMPTS:
         ids = torch.tensor([_within(prompt + path, model) for path in _paths()], device=device)
-        rows.append(model(input_ids=ids, use_cache=False).logits[:, -1].float())
+        rows.append(run(ids))
     wanted = torch.stack(rows)
     if not torch.isfinite(wanted).all():
         raise InputError(f"{type(model).__name__} gives logits that are not finite (NaN or infinite) on a first "

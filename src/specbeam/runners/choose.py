@@ -78,7 +78,8 @@ def _make(adapter: Adapter, order: tuple[str, ...], precision: str | None, quiet
         try:
             with evaluating(adapter.model), torch.no_grad():
                 runner = import_module(f"specbeam.runners.{name}").make(adapter, precision)
-            error = runner_error(adapter, runner)
+            dtype = torch.bfloat16 if precision == "bf16" else adapter.model.dtype
+            error = runner_error(adapter, runner, dtype, itself=precision == "int8")
         except InputError:
             raise
         except ImportError as failure:

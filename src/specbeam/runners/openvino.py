@@ -34,7 +34,7 @@ def make(adapter: Adapter, precision: str | None) -> Runner:
         request = free.pop() if free else compiled.create_infer_request()
         request.reset_state()
         slots = StateSlots(request, rows, capacity)
-        weakref.finalize(slots, free.append, request)
+        slots.returned = weakref.finalize(slots, free.append, request)
         return slots
 
     return Runner("openvino" if precision is None else f"openvino {precision}", open_slots, _forward)
@@ -53,6 +53,8 @@ class StateSlots:
         self.slots = torch.empty(rows, 0, dtype=torch.long)
         self.span: slice | None = None
         self.view = self.length = 0  # length: positions of the state
+        self.order: np.ndarray
+        self.returned: Any = None
         self.inputs = {port.get_any_name() for port in request.model_inputs}
         self._in_order(rows)
         self.everything: dict[tuple[int, int], Tensor] = {}
@@ -91,7 +93,11 @@ class StateSlots:
         if "near" in self.inputs:
             given["near"] = self._bias(visible if near is None else near)
         arrays = {name: tensor.contiguous().numpy() for name, tensor in given.items()}
-        result = self.request.infer({**arrays, "beam_idx": self.order}, share_inputs=True, share_outputs=True)
+        try:
+            result = self.request.infer({**arrays, "beam_idx": self.order}, share_inputs=True, share_outputs=True)
+        except BaseException:
+            self.returned.detach()  # a request that failed half-way gives wrong shapes later
+            raise
         if self.chosen:
             self._in_order(rows)
         return torch.from_numpy(result[0]).clone()  # its memory is the next forward's too

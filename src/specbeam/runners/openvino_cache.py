@@ -50,9 +50,10 @@ def load(adapter: Adapter, weights: str = "") -> ov.Model:
     if weights == "int8":
         compress(model)
     kept = _keep(model, folder)
+    name = adapter.model.config._name_or_path or adapter.name
     logging.getLogger("specbeam").info(
-        "%s converted for OpenVINO in %.0f s%s.", adapter.name, time.perf_counter() - started,
-        f"; it is kept in {folder}" if kept else " (not kept: the cache folder cannot be written)")
+        "%s converted for OpenVINO in %.0f s%s.", name, time.perf_counter() - started,
+        f"; it is kept in {folder.parent}" if kept else " (not kept: the cache folder cannot be written)")
     return ov.Core().read_model(folder / "model.xml") if kept else model
 
 

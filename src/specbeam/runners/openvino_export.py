@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -95,6 +94,10 @@ def _masks(width: int) -> tuple[Tensor, Tensor]:
     return torch.zeros(_ROWS, 1, _NEW, width), torch.zeros(_ROWS, 1, _NEW, width)
 
 
+def _whole(*numbers: int) -> np.ndarray:
+    return np.array(numbers, dtype=np.int64)
+
+
 def _make_stateful(model: ov.Model, shapes: Sequence[tuple[int, int]]) -> None:
     """Each pair of past input and present output becomes a variable, empty at first."""
     inputs = list(model.get_parameters())
@@ -104,15 +107,16 @@ def _make_stateful(model: ov.Model, shapes: Sequence[tuple[int, int]]) -> None:
         parameter.output(0).get_tensor().set_names({name})
     beam_idx = ops.parameter(ov.PartialShape([-1]), np.int32, name="beam_idx")
     beam_idx.output(0).get_tensor().set_names({"beam_idx"})
-    rows = ops.gather(ops.shape_of(given[0], output_type="i64"), np.int64([0]), np.int64(0))
-    zero, sinks = ops.constant(np.float32(0)), []
+    rows = ops.gather(ops.shape_of(given[0], output_type="i64"), _whole(0), np.int64(0))
+    kind = past[0].get_element_type()
+    zero, sinks = ops.constant(0, dtype=kind), []
     for number, ((heads, width), parameter, result) in enumerate(zip(shapes, past, results[1:], strict=True)):
         info = VariableInfo()
-        info.data_shape, info.data_type = ov.PartialShape([-1, heads, -1, width]), ov.Type.f32
+        info.data_shape, info.data_type = ov.PartialShape([-1, heads, -1, width]), kind
         info.variable_id = f"past.{number}"
         variable = Variable(info)
         model.add_variables([variable])
-        empty = ops.broadcast(zero, ops.concat([rows, np.int64([heads, 0, width])], 0))
+        empty = ops.broadcast(zero, ops.concat([rows, _whole(heads, 0, width)], 0))
         chosen = ops.gather(ops.read_value(empty, variable), beam_idx, np.int64(0))
         for target in parameter.output(0).get_target_inputs():
             target.replace_source_output(chosen.output(0))
