@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from specbeam.engine.runner import Adapter, Runner
-from specbeam.runners.openvino_cache import compiled_model
+from specbeam.runners.openvino_cache import compute_type, load
 
 _HIDDEN = -1e38  # added to a score; finite (in bfloat16 too), as NaN comes of inf - inf
 _SLACK = 64  # dead positions that are left to lie, and beside them a quarter of what lives
@@ -27,17 +27,33 @@ def make(adapter: Adapter, precision: str | None) -> Runner:
     """Raises what OpenVINO says of a model that it cannot convert."""
     if adapter.device.type != "cpu":
         raise RuntimeError(f"it runs on a CPU, and the model is on {adapter.device}")
-    compiled = compiled_model(adapter, precision)
-    free: list[Any] = []  # requests of trees that are gone
+    requests = _Requests(load(adapter, precision), compute_type(adapter, precision))
 
     def open_slots(adapter: Adapter, rows: int, capacity: int) -> StateSlots:
-        request = free.pop() if free else compiled.create_infer_request()
-        request.reset_state()
-        slots = StateSlots(request, rows, capacity)
-        slots.returned = weakref.finalize(slots, free.append, request)
-        return slots
+        return StateSlots(requests, rows, capacity)
 
     return Runner("openvino" if precision is None else f"openvino {precision}", open_slots, _forward)
+
+
+class _Requests:
+    """Infer requests of one model, lent to trees and used again when a tree is gone."""
+
+    def __init__(self, model: ov.Model, kind: str):
+        self.model, self.kind = model, kind
+        self.forget()
+
+    def forget(self) -> None:
+        """Compile again: a forward that failed half-way leaves all requests, which share one graph, in a bad state."""
+        self.free: list[Any] = []
+        self.compiled = ov.Core().compile_model(self.model, "CPU", {
+            "INFERENCE_PRECISION_HINT": self.kind, "KV_CACHE_PRECISION": self.kind, "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(), "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0})
+
+    def lend(self, borrower: StateSlots) -> Any:
+        request = self.free.pop() if self.free else self.compiled.create_infer_request()
+        request.reset_state()
+        weakref.finalize(borrower, self.free.append, request)
+        return request
 
 
 def _forward(adapter: Adapter, slots: StateSlots, tokens: Tensor, positions: Tensor, visible: Tensor,
@@ -48,14 +64,14 @@ def _forward(adapter: Adapter, slots: StateSlots, tokens: Tensor, positions: Ten
 class StateSlots:
     """A tree's slots in the state of one infer request; to TokenTree it is what SlotCache is."""
 
-    def __init__(self, request: Any, rows: int, capacity: int):
-        self.request, self.capacity = request, capacity
+    def __init__(self, requests: _Requests, rows: int, capacity: int):
+        self.requests, self.capacity = requests, capacity
+        self.request = requests.lend(self)
         self.slots = torch.empty(rows, 0, dtype=torch.long)
         self.span: slice | None = None
         self.view = self.length = 0  # length: positions of the state
         self.order: np.ndarray
-        self.returned: Any = None
-        self.inputs = {port.get_any_name() for port in request.model_inputs}
+        self.inputs = {port.get_any_name() for port in self.request.model_inputs}
         self._in_order(rows)
         self.everything: dict[tuple[int, int], Tensor] = {}
         # Position p holds slot p in every row: nothing has been written twice, and there is nothing to look up.
@@ -96,7 +112,7 @@ class StateSlots:
         try:
             result = self.request.infer({**arrays, "beam_idx": self.order}, share_inputs=True, share_outputs=True)
         except BaseException:
-            self.returned.detach()  # a request that failed half-way gives wrong shapes later
+            self.requests.forget()
             raise
         if self.chosen:
             self._in_order(rows)
@@ -112,6 +128,8 @@ class StateSlots:
         if not self.plain:
             owner = self.owner[:, None, : self.length].expand(-1, visible.shape[1], -1)
             bias = bias.gather(2, owner).add_(self.dead[:, None, 1 : self.length + 1])
+        if bias.shape[2] != self.length:  # OpenVINO would read beyond it
+            raise RuntimeError(f"the mask is {bias.shape[2]} positions wide and the state has {self.length}")
         return bias[:, None]
 
     def _append(self, rows: int, new: int) -> None:

@@ -25,20 +25,14 @@ from specbeam.runners.openvino_export import compress, export
 _FORMAT = 1  # of what export makes: raise it when that changes
 
 
-def compiled_model(adapter: Adapter, precision: str | None) -> ov.CompiledModel:
-    """The adapter's model, compiled for as many threads as torch has."""
-    model = load(adapter, weights="int8" if precision == "int8" else "")
-    kind = "bf16" if "bf16" in (precision, _PRECISIONS.get(adapter.model.dtype)) else "f32"
-    return ov.Core().compile_model(model, "CPU", {
-        "INFERENCE_PRECISION_HINT": kind, "KV_CACHE_PRECISION": kind, "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(), "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0})
+def compute_type(adapter: Adapter, precision: str | None) -> str:
+    """OpenVINO's name for what products are computed in: the model's own dtype, unless bf16 is asked for."""
+    return "bf16" if precision == "bf16" or adapter.model.dtype == torch.bfloat16 else "f32"
 
 
-_PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}
-
-
-def load(adapter: Adapter, weights: str = "") -> ov.Model:
+def load(adapter: Adapter, precision: str | None = None) -> ov.Model:
     """The model from the cache, or converted and, where the folder can be written, put there."""
+    weights = "int8" if precision == "int8" else ""
     folder = cache_folder() / f"openvino-{fingerprint(adapter, weights)}"
     if (folder / "model.xml").exists():
         try:
