@@ -37,6 +37,7 @@ class RowTrace:
     decode_seconds: float  # from the first new token to the last of the batch
     draft_seconds: float | None = None  # part of decode_seconds spent drafting
     verify_seconds: float | None = None  # part of decode_seconds spent in target forwards
+    accept_seconds: float | None = None  # part of decode_seconds from logits to committed tokens
 
 
 @dataclass(frozen=True)

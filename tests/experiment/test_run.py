@@ -290,7 +290,7 @@ def test_quality_figures_that_cannot_be_had_do_not_lose_the_run(
     def broken(*_: object) -> None:
         raise MemoryError("too large")
 
-    monkeypatch.setattr("specbeam.experiment.statistics.add_quality", broken)
+    monkeypatch.setattr("specbeam.experiment.quality.add_quality", broken)
     assert compare(tmp_path / "run", *pair, "prompts=[one]", "only=[greedy]") == 0
     notes = json.loads((tmp_path / "run" / "summary.json").read_text())["notes"]
     assert any("Quality figures are missing: MemoryError: too large" in note for note in notes)

@@ -71,8 +71,8 @@ def printed(summary, width):
 
 def test_the_table_says_where_the_time_went_where_there_is_room(summary):
     figures = summary["methods"]["speculative"]
-    figures.update(draft_share=.31, verify_share=.6)
-    assert "31/60/9 %" in printed(summary, 150) and "31/60/9 %" not in printed(summary, 100)
+    figures.update(draft_share=.31, verify_share=.6, accept_share=.01)
+    assert "31/60/1/8 %" in printed(summary, 150) and "31/60/1/8 %" not in printed(summary, 100)
 
 
 def test_trees_lossy_acceptance_and_few_prompts_are_noted(summary):

@@ -60,9 +60,26 @@ def test_the_answer_is_a_use_a_tie_or_nothing(summary):
     methods = summary["methods"]
     assert answers(summary)[0].startswith("Use speculative: ")
     for speedup in methods["speculative"]["speedup"].values():
-        speedup.update(low=0.9, high=1.9)
+        speedup.update(geometric_low=0.9, geometric_high=1.9)
     assert "fastest of the greedy decoding methods, at 179 tokens a second, but not beyond doubt" in answers(summary)[0]
     assert answers({"methods": {}}) == ["This run has no figures: no method decoded anything."]
+
+
+def test_a_difference_inside_the_machines_noise_is_printed_as_none(summary):
+    speedup = summary["methods"]["speculative"]["speedup"]["greedy"]
+    line = next(line for line in printed(summary).splitlines() if line.startswith("speculative"))
+    assert "no difference" not in line and speedup["noise"] > 1
+    speedup.update(noise=speedup["geometric_mean"] * 1.01)
+    line = next(line for line in printed(summary).splitlines() if line.startswith("speculative"))
+    assert f"no difference ({speedup['geometric_low']:.2f}–" in line
+    assert "no difference to greedy" in answers(summary)[0]
+    assert "a baseline against itself in another repeat" in printed(summary)
+
+
+def test_noise_that_was_not_measured_is_said(summary):
+    for figures in summary["methods"].values():
+        figures["noise"] = None
+    assert "noise was not measured" in printed(summary)
 
 
 def test_the_answer_admits_other_tokens(summary):

@@ -50,7 +50,8 @@ def decode_plainly(target: PreTrainedModel, request: Request, choose: Choose) ->
     while batch.live:
         start = batch.clock.mark()
         logits, nodes = tree.extend(tips, unread, last_only=True)
-        batch.phases["verify"].append((start, batch.clock.mark()))
+        verified = batch.clock.mark()
+        batch.phases["verify"].append((start, verified))
         scores = process(logits, [request.rows[row].processors for row in batch.live],
                          lambda i, _: batch.rows[batch.live[i]].sequence)[:, 0]
         chosen = choose(scores, batch.live)
@@ -61,9 +62,10 @@ def decode_plainly(target: PreTrainedModel, request: Request, choose: Choose) ->
             batch.commit(row, [token], ["plain"])
             if not prefill:
                 batch.round_done(row, start, [], 0, 1)
+        batch.phases["accept"].append((verified, batch.clock.mark()))
         if prefill:
             batch.prefill_done()
-            batch.phases["verify"].clear()
+            batch.phases = {name: [] for name in batch.phases}
         tips = nodes.pick(unread.lengths[:, None] - 1)
         stay = batch.retire()
         if stay:

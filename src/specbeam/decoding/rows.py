@@ -67,7 +67,7 @@ class Batch:
         self.live = list(range(len(self.rows)))
         self.clock = Clock(target.device)
         self.device = target.device
-        self.phases: dict[str, list[tuple[Any, Any]]] = {"draft": [], "verify": []}
+        self.phases: dict[str, list[tuple[Any, Any]]] = {"draft": [], "verify": [], "accept": []}
         self.watched: list[tuple[dict[int, int], Any]] = []  # beam steps, for the search tree
         self.started = self.clock.mark()
         self.prefilled = self.started
@@ -145,7 +145,8 @@ class Batch:
                 sources=tuple(row.sources), token_rounds=tuple(row.token_rounds),
                 prefill_seconds=self.clock.seconds(self.started, self.prefilled),
                 decode_seconds=self.clock.seconds(self.prefilled, ended),
-                draft_seconds=seconds["draft"] if drafts else None, verify_seconds=seconds["verify"])
+                draft_seconds=seconds["draft"] if drafts else None, verify_seconds=seconds["verify"],
+                accept_seconds=seconds["accept"] if self.phases["accept"] else None)
             for row in self.rows], search_trees(self.watched, len(self.rows)) if self.watched else None)
 
 

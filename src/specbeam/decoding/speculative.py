@@ -131,6 +131,7 @@ def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
                                  ["draft" if name == "draft_model" else name] * len(path) + [last_source])
             batch.round_done(row, start, ids, min(len(path), count), count, parents, name, length.why[i])
             became.append(count)
+        batch.phases["accept"].append((verified, batch.clock.mark()))
         if length.auto:
             end = batch.clock.mark()
             spans = [(start, drafted), (drafted, verified), (start, end)]

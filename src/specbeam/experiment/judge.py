@@ -21,14 +21,17 @@ def judge(
     facts: dict[str, Any],
 ) -> dict[str, Any]:
     """summary.json's content, after the timed part; also fills the probabilities into trace.jsonl."""
-    from specbeam.experiment.statistics import add_quality, summarise
+    from specbeam.experiment.quality import add_quality
+    from specbeam.experiment.statistics import summarise
 
     notes = list(facts["notes"])
     methods = {method.label: method.settings for method in plan.methods}
     summary = summarise(rows, methods)
     try:
         contexts = contexts_of(plan, rows, models, config)
-        for label, figures in add_quality(rows, contexts, models.target, models.tokenizer, methods).items():
+        evaluate = None if plan.evaluator is None else load_evaluator(plan.evaluator, config)
+        quality = add_quality(rows, contexts, models.target, methods, plan.metrics, evaluate)
+        for label, figures in quality.items():
             summary["methods"][label].update(figures)
         fill_probabilities(folder, contexts, models)
     except Exception as error:  # the figures of speed must not be lost for those of quality
@@ -50,8 +53,19 @@ def judge(
         "dtype": facts["dtype"],
         "runner": facts["runner"],
         "batch_size": plan.batch_size,
+        "evaluator": plan.evaluator,
         "notes": notes,
     }
+
+
+def load_evaluator(path: str, config: dict[str, Any]) -> Any:
+    """The model that `evaluator` names, as quality.evaluator_of."""
+    from specbeam.experiment.quality import evaluator_of
+    from specbeam.models import load_model
+
+    device, dtype = config["device"] or "auto", config["dtype"] or "auto"
+    model, tokenizer = load_model(path, device=device, dtype=dtype, runner="eager")
+    return evaluator_of(model, tokenizer, config["system_prompt"])
 
 
 def contexts_of(
@@ -72,10 +86,10 @@ def contexts_of(
         if row["turn"] == 0 and prompt.id in first_turns:
             contexts[key] = first_turns[prompt.id]
             continue
-        rendered = models.render(
-            [conversation_of(row["method"], prompt, row["turn"], answers)], config["system_prompt"]
-        )
+        conversation = conversation_of(row["method"], prompt, row["turn"], answers)
+        rendered = models.render([conversation], config["system_prompt"])
         contexts[key] = {
+            "conversation": conversation,
             "input_ids": rendered.input_ids[0].tolist(),
             "text": rendered.text[0],
             "references": prompt.references_of(row["turn"]),

@@ -17,26 +17,10 @@ from specbeam.models import check_path
 from specbeam.runners import check_runner
 
 TOP_KEYS = (
-    "target",
-    "draft",
-    "methods",
-    "only",
-    "prompts",
-    "prompt_set",
-    "system_prompt",
-    "batch_size",
-    "repeats",
-    "max_new_tokens",
-    "seed",
-    "device",
-    "dtype",
-    "runner",
-    "debug",
-    "trace",
-    "wandb",
-    "output_dir",
-    "experiment",
-)
+    "target", "draft", "methods", "only", "prompts", "prompt_set", "system_prompt", "batch_size", "repeats",
+    "max_new_tokens", "metrics", "evaluator", "seed", "device", "dtype", "runner", "debug", "trace", "wandb",
+    "output_dir", "experiment",
+)  # fmt: skip
 INNER_KEYS = {
     "target": ("path",),
     "draft": ("path",),
@@ -166,6 +150,8 @@ class Plan:
     seed: int
     target: str
     draft: str | None  # None when no method speculates
+    metrics: tuple[str, ...] | None = None  # None: all that apply
+    evaluator: str | None = None  # a further model that answers are scored by
 
     def cells(self) -> Iterator[Cell]:
         """Repeats outermost; each batch is answered by every method before the next, in rotating order."""
@@ -214,7 +200,12 @@ def make_plan(config: dict[str, Any]) -> Plan:
     prompts = prompts_from_config(config)
     check_device_and_dtype(config.get("device"), config.get("dtype"))
     check_runner(config.get("runner") or "auto")
-    return Plan(methods, tuple(prompts), config["batch_size"], config["repeats"], config["seed"], target, draft)
+    from specbeam.experiment.quality import check_evaluator, check_metrics
+
+    metrics = check_metrics(config.get("metrics"), prompts)
+    evaluator = check_evaluator(config.get("evaluator"))
+    return Plan(methods, tuple(prompts), config["batch_size"], config["repeats"], config["seed"], target, draft,
+                metrics, evaluator)
 
 
 def traced(method: PlannedMethod) -> PlannedMethod:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -260,6 +261,51 @@ def cores() -> int:
 
 def load_average() -> list[float] | None:
     return [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None
+
+
+def reset_peak_memory(device: Any) -> None:
+    """From now on `peak_memory` counts anew."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: Any) -> int | None:
+    """Most bytes in use since the reset, weights included: on a GPU what torch allocated there; on a CPU the whole
+    process (Linux; elsewhere None). Waits for nothing."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
+    return None
+
+
+class OthersLoad:
+    """How many cores other programs used on average since this was made: the machine's busy time less our own."""
+
+    def __init__(self) -> None:
+        self.started, self.busy, self.own = self._now()
+
+    def cores(self) -> float:
+        now, busy, own = self._now()
+        return max(0.0, (busy - self.busy) - (own - self.own)) / max(now - self.started, 1e-9)
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        import psutil
+
+        times = psutil.cpu_times()
+        idle = times.idle + getattr(times, "iowait", 0.0)
+        guests = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)  # already in user and nice
+        mine = os.times()
+        return time.perf_counter(), sum(times) - idle - guests, sum(mine[:4])
 
 
 def busy_cores() -> float:

@@ -31,8 +31,9 @@ def conversation_of(label: str, prompt: Prompt, turn: int, answers: Answers) -> 
 
 
 def row_of(
-    cell: Cell, prompt: Prompt, batch_id: str, output: GenerationOutput, index: int, tokenizer: Any
-) -> dict[str, Any]:
+    cell: Cell, prompt: Prompt, batch_id: str, output: GenerationOutput, index: int, tokenizer: Any,
+    peak: int | None = None,
+) -> dict[str, Any]:  # fmt: skip
     trace, best = output.trace[index], output.hypotheses[index][0]
     return {
         **identity(cell, prompt, batch_id),
@@ -45,6 +46,7 @@ def row_of(
         "decode_seconds": trace.decode_seconds,
         "draft_seconds": trace.draft_seconds,
         "verify_seconds": trace.verify_seconds,
+        "accept_seconds": trace.accept_seconds,
         "rounds": len(trace.rounds),
         "drafted": sum(r.drafted for r in trace.rounds),
         "accepted": sum(r.accepted for r in trace.rounds),
@@ -53,6 +55,7 @@ def row_of(
         "tokens": list(best.tokens),
         "text": tokenizer.decode(best.tokens, skip_special_tokens=True),
         "score": best.score,
+        "peak_memory_bytes": peak,
         "committed": sum(r.committed for r in trace.rounds),
         **beam_figures(output.hypotheses[index], output.search[index] if output.search else None),
     }
@@ -66,6 +69,7 @@ ROW_FIGURES = (
     "decode_seconds",
     "draft_seconds",
     "verify_seconds",
+    "accept_seconds",
     "rounds",
     "drafted",
     "accepted",
@@ -74,6 +78,7 @@ ROW_FIGURES = (
     "tokens",
     "text",
     "score",
+    "peak_memory_bytes",  # of the batch (records.peak_memory)
     "committed",  # tokens of all rounds; of beam search: steps
     "beam_gap",  # score of the best hypothesis less that of the second
     "beam_distinct",  # parts of the hypotheses' single tokens and of their pairs that are distinct

@@ -72,7 +72,9 @@ def compare(config: dict[str, Any], command: list[str], console: Console) -> int
     notes = record_environment(folder, resolved, command, resumed, console)
     try:
         if left:
+            others = records.OthersLoad()
             rows = run_cells(folder, plan, left, rows, models, config, console)
+            notes += note_load(folder, others.cores(), notes)
         with console.status("judging the answers"):
             summary = judge(folder, plan, rows, models, config, {**resolved, "notes": notes})
     except KeyboardInterrupt:
@@ -137,6 +139,16 @@ def record_environment(
     )
     console.print(note, style="yellow", highlight=False, soft_wrap=True)
     return [note]
+
+
+def note_load(folder: Path, cores: float, notes: list[str]) -> list[str]:
+    """Record what others used while the methods ran; the note about it, if there is none about the start already."""
+    path = folder / "environment.json"
+    records.write_json(path, {**records.read_json(path), "others_busy_cores": round(cores, 2)})
+    if cores < BUSY_CORES or notes:
+        return []
+    return [f"Other programs used {cores:.1f} of {records.cores()} cores while the methods ran: the timings are not to "
+            "be trusted."]
 
 
 def run_cells(
@@ -220,9 +232,11 @@ def run_cell(
             conversations = [conversation_of(cell.method.label, prompt, cell.turn, answers) for prompt in fitting]
             rendered = models.render(conversations, config["system_prompt"])
             seeds = [plan.seed_of(prompt, cell.turn, cell.repeat) for prompt in fitting]
+            records.reset_peak_memory(models.target.device)
             output = models.generate(cell.method, rendered, seeds)
+            peak = records.peak_memory(models.target.device)
             for index, prompt in enumerate(fitting):
-                rows[prompt.id] = row_of(cell, prompt, batch_id, output, index, models.tokenizer)
+                rows[prompt.id] = row_of(cell, prompt, batch_id, output, index, models.tokenizer, peak)
                 if cell.repeat == 0:
                     traces.append(trace_of(cell, prompt, batch_id, output, index, models.tokenizer))
                     if output.search is not None:

@@ -1,9 +1,11 @@
 """Rows become `summary.json`: figures of every method, and its speed-up over the baselines with an interval.
 
-A speed-up is paired: the method's decode rate ÷ the baseline's on the same prompts, then the median over prompts
-with a 95 % bootstrap interval (Efron & Tibshirani 1993). Prompts that were decoded in one batch share its seconds
-and are one unit. Units are resampled, and within each its repeats, so the interval holds both how prompts differ
-and how the clock wobbles. Failed rows give no number.
+A speed-up is paired: the method's decode rate ÷ the baseline's on the same prompts, then the geometric mean over
+prompts (and the median) with a 95 % bootstrap interval (Efron & Tibshirani 1993). Prompts that were decoded in one
+batch share its seconds and are one unit. Units are resampled, and within each its repeats, so the interval holds both
+how prompts differ and how the clock wobbles. Failed rows give no number.
+
+Noise (A/A): a method against itself in another repeat, in the same way. docs/measuring.md says which figure is what.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -27,9 +29,6 @@ from specbeam.metrics.speed import (
     drafts_trees,
     mean_accepted_length,
 )
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 Row = dict[str, Any]
 Prompt = tuple[str, int]  # prompt id and turn
@@ -76,74 +75,6 @@ def baselines(label: str, methods: Mapping[str, Mapping[str, Any]]) -> list[str]
     return found
 
 
-def add_quality(
-    rows: Sequence[Row],
-    prompts: Mapping[tuple[str, str, int], Mapping[str, Any]],
-    target: PreTrainedModel,
-    tokenizer: Any = None,
-    methods: Mapping[str, Mapping[str, Any]] | None = None,
-) -> dict[str, dict[str, Any]]:
-    """label → bleu, perplexity and their like, and the target's logit gap where outputs that should be equal part.
-
-    Of each prompt and turn the first repeat that succeeded counts. prompts: (label, prompt id, turn) → what that
-    method read (`input_ids` without padding) and the turn's `references`. methods: as for `summarise`; without it
-    the rows' kinds stand for them. Equal outputs are scored once.
-    """
-    from specbeam.metrics.exactness import logit_gap
-    from specbeam.metrics.likelihood import answer_log_probabilities, perplexity
-    from specbeam.metrics.text import bleu
-
-    answers = _first_answers(rows)
-    pairs = {
-        (tuple(prompts[label, *prompt]["input_ids"]), tuple(row["tokens"]))
-        for label, own in answers.items()
-        for prompt, row in own.items()
-    }
-    unique = sorted(pairs)
-    scored = dict(
-        zip(
-            unique,
-            answer_log_probabilities(target, [context for context, _ in unique], [answer for _, answer in unique]),
-            strict=True,
-        )
-    )
-
-    methods = methods or {row["method"]: {"kind": row["kind"]} for row in rows}
-    quality: dict[str, dict[str, Any]] = {}
-    for label, own in answers.items():
-        logs = [
-            scored[tuple(prompts[label, *prompt]["input_ids"]), tuple(row["tokens"])] for prompt, row in own.items()
-        ]
-        count = sum(map(len, logs))
-        score = bleu(
-            [row["text"] for row in own.values()], [prompts[label, *prompt]["references"] or [] for prompt in own]
-        )
-        quality[label] = {
-            "perplexity": _finite(perplexity(logs)),
-            "mean_log_probability": _finite(math.fsum(map(math.fsum, logs)) / count if count else None),
-            "bleu": _finite(score.score if score else None),
-            "bleu_signature": score.signature if score else None,
-            "bleu_prompts": score.sentences if score else 0,
-            "logit_gaps": {},
-        }
-        for baseline in baselines(label, methods):
-            if not _same_output_expected(methods[label], methods[baseline]):
-                continue
-            gaps = []
-            for prompt in _comparable(answers, label, baseline):
-                ours, theirs = own[prompt]["tokens"], answers[baseline][prompt]["tokens"]
-                gap = logit_gap(target, prompts[label, *prompt]["input_ids"], ours, theirs)
-                if gap is not None:
-                    gaps.append(round(gap, 6))
-            if gaps:
-                quality[label]["logit_gaps"][baseline] = {
-                    "differences": len(gaps),
-                    "largest": max(gaps),
-                    "smallest": min(gaps),
-                }
-    return quality
-
-
 def _figures(
     label: str, by_label: Mapping[str, list[Row]], methods: Mapping[str, Mapping[str, Any]], failed: int, seed: int
 ) -> dict[str, Any]:
@@ -166,6 +97,7 @@ def _figures(
         "decode_seconds": _finite(seconds),
         "decode_tokens_per_second": _finite(decode_rate(rows)),
         "speedup": {},
+        "noise": _finite(_noise(rows, seed)),
         "mean_accepted_length": _finite(accepted_length),
         "acceptance_rate": _finite(acceptance_rate(rows)),
         "acceptance_by_position": acceptance_by_position(rows),
@@ -173,8 +105,12 @@ def _figures(
         "lossy": settings.get("acceptance") == "typical",
         "identical_to": {},
         "prefill_seconds": _finite(float(np.median(prefill)) if prefill else None),
+        "first_token_seconds": _first_token(rows, seed),
         "draft_share": _share(rows, "draft_seconds", seconds),
         "verify_share": _share(rows, "verify_seconds", seconds),
+        "accept_share": _share(rows, "accept_seconds", seconds),
+        "peak_memory_bytes": max((row["peak_memory_bytes"] for row in rows if row.get("peak_memory_bytes")),
+                                 default=None),
         "finish_reasons": dict(sorted(Counter(row["finish_reason"] for row in rows).items())),
         "bleu": None,
         "perplexity": None,
@@ -182,25 +118,24 @@ def _figures(
     if family == "beam":
         figures |= beam_summary(rows)
     for baseline in compared:
-        figures["speedup"][baseline] = _speedup(rows, by_label[baseline], seed)
+        figures["speedup"][baseline] = {
+            **_speedup(rows, by_label[baseline], seed), "noise": _finite(_noise(by_label[baseline], seed))}
     answers = {name: _answers(by_label[name]) for name in (label, *compared)}
     for baseline in compared:
-        if _same_output_expected(settings, methods[baseline]):
+        if same_output_expected(settings, methods[baseline]):
             figures["identical_to"][baseline] = _identity(answers, label, baseline)
     return figures
 
 
 def _speedup(ours: Sequence[Row], theirs: Sequence[Row], seed: int) -> dict[str, Any]:
-    """median, low, high and geometric_mean over units; `pairs` prompts counted in `units` (batches),
+    """median, low, high; geometric_mean, geometric_low, geometric_high; `pairs` prompts counted in `units` (batches),
     `left_out` had no pair of rates."""
     rates = _paired_rates(ours, theirs)
     every = {_prompt(row) for row in (*ours, *theirs)}
     pairs = sum(size for size, _ in rates)
+    names = ("median", "low", "high", "geometric_mean", "geometric_low", "geometric_high")
     result: dict[str, Any] = {
-        "median": None,
-        "low": None,
-        "high": None,
-        "geometric_mean": None,
+        **dict.fromkeys(names),
         "pairs": pairs,
         "units": len(rates),
         "left_out": len(every) - pairs,
@@ -211,8 +146,50 @@ def _speedup(ours: Sequence[Row], theirs: Sequence[Row], seed: int) -> dict[str,
     result["median"] = _finite(float(np.median(ratios)))
     result["geometric_mean"] = _finite(float(np.exp(np.mean(np.log(ratios)))))
     if len(rates) > 1 or len(rates[0][1][0]) > 1:
-        low, high = _bootstrap([pair for _, pair in rates], np.random.default_rng(seed))
-        result["low"], result["high"] = _finite(low), _finite(high)
+        ends = _bootstrap([pair for _, pair in rates], np.random.default_rng(seed))
+        result |= {name: _finite(end) for name, end in zip(("low", "high", *names[4:]), ends, strict=True)}
+    return result
+
+
+def _noise(rows: Sequence[Row], seed: int) -> float | None:
+    """A/A: 95 times in 100 the method's speed-up over itself, in another repeat, lies within 1/noise … noise.
+
+    Of every unit two repeats are drawn, then the geometric mean over resampled units; None with a single repeat."""
+    unit_of = _units(rows)
+    cells: dict[tuple[int, int], list[Row]] = {}
+    for row in rows:
+        cells.setdefault((unit_of[_prompt(row)], row["repeat"]), []).append(row)
+    size, rates = Counter(unit_of.values()), dict[int, list[float]]()
+    for (unit, _), decoded in cells.items():
+        rate = decode_rate(decoded)
+        if rate is not None and len(decoded) == size[unit]:  # without a row that failed
+            rates.setdefault(unit, []).append(math.log(rate))
+    repeated = [own for own in rates.values() if len(own) > 1]
+    if not repeated:
+        return None
+    random = np.random.default_rng(seed)
+    apart = np.empty((_RESAMPLES, len(repeated)))
+    for unit, own in enumerate(repeated):
+        first = random.integers(len(own), size=_RESAMPLES)
+        other = (first + random.integers(1, len(own), size=_RESAMPLES)) % len(own)
+        apart[:, unit] = np.array(own)[first] - np.array(own)[other]
+    units = random.integers(len(repeated), size=apart.shape)
+    return float(np.exp(np.percentile(np.abs(np.take_along_axis(apart, units, 1).mean(1)), 95)))
+
+
+def _first_token(rows: Sequence[Row], seed: int) -> dict[str, float | None]:
+    """Seconds until a first new token is known: median over prompts (and of each over repeats), 95 % interval."""
+    by_prompt: dict[Prompt, list[float]] = {}
+    for row in rows:
+        by_prompt.setdefault(_prompt(row), []).append(row["prefill_seconds"])
+    values = np.array([np.median(own) for own in by_prompt.values()])
+    if not len(values):
+        return dict.fromkeys(("median", "low", "high"))
+    result: dict[str, float | None] = {"median": _finite(float(np.median(values))), "low": None, "high": None}
+    if len(values) > 1:
+        drawn = np.random.default_rng(seed).integers(len(values), size=(_RESAMPLES, len(values)))
+        low, high = np.percentile(np.median(values[drawn], axis=1), [2.5, 97.5])
+        result |= {"low": _finite(float(low)), "high": _finite(float(high))}
     return result
 
 
@@ -254,15 +231,16 @@ def _units(rows: Iterable[Row]) -> dict[Prompt, int]:
     return {prompt: numbers.setdefault(root(prompt), len(numbers)) for prompt in parent}
 
 
-def _bootstrap(pairs: Sequence[tuple[np.ndarray, np.ndarray]], random: np.random.Generator) -> tuple[float, float]:
-    """95 % percentile interval of the median ratio over units, resampling units and the repeats within each."""
+def _bootstrap(pairs: Sequence[tuple[np.ndarray, np.ndarray]], random: np.random.Generator) -> list[float]:
+    """95 % percentile intervals of the median ratio over units, then of their geometric mean; units are resampled, and
+    the repeats within each."""
     count, most = len(pairs), max(len(mine) for mine, _ in pairs)
     repeats = np.array([len(mine) for mine, _ in pairs])
     table = np.zeros((2, count, most))
     for unit, pair in enumerate(pairs):
         for side in (0, 1):
             table[side, unit, : repeats[unit]] = pair[side]
-    medians = np.empty(_RESAMPLES)
+    found = np.empty((2, _RESAMPLES))
     step = max(1, 1_000_000 // (count * most))  # bounds memory
     for start in range(0, _RESAMPLES, step):
         size = min(step, _RESAMPLES - start)
@@ -270,16 +248,18 @@ def _bootstrap(pairs: Sequence[tuple[np.ndarray, np.ndarray]], random: np.random
         drawn = []
         for side in (0, 1):
             which = (random.random((size, count, most)) * repeats[units][..., None]).astype(int)
+            # a unit with fewer repeats draws among its own only
             drawn.append(np.median(table[side][units[..., None], which], axis=2))
-        medians[start : start + size] = np.median(drawn[0] / drawn[1], axis=1)
-    low, high = np.percentile(medians, [2.5, 97.5])
-    return float(low), float(high)
+        ratios = drawn[0] / drawn[1]
+        found[0, start : start + size] = np.median(ratios, axis=1)
+        found[1, start : start + size] = np.exp(np.log(ratios).mean(axis=1))
+    return [float(end) for row in found for end in np.percentile(row, [2.5, 97.5])]
 
 
 def _identity(answers: Mapping[str, Mapping[Prompt, list[Row]]], label: str, baseline: str) -> dict[str, Any]:
     """How many prompts have the same tokens in every repeat; where the first other one parts."""
     firsts = {name: {prompt: own[0] for prompt, own in answers[name].items()} for name in (label, baseline)}
-    compared = _comparable(firsts, label, baseline)
+    compared = comparable(firsts, label, baseline)
     same, first = 0, None
     for prompt in compared:
         theirs = firsts[baseline][prompt]["tokens"]
@@ -295,7 +275,7 @@ def _identity(answers: Mapping[str, Mapping[Prompt, list[Row]]], label: str, bas
     return {"same": same, "of": len(compared), "first_difference": first}
 
 
-def _comparable(firsts: Mapping[str, Mapping[Prompt, Row]], label: str, baseline: str) -> list[Prompt]:
+def comparable(firsts: Mapping[str, Mapping[Prompt, Row]], label: str, baseline: str) -> list[Prompt]:
     """Prompts that both answered, after the same conversation: a later turn follows one's own earlier answers, so
     it counts only where those were the same."""
     ours, theirs = firsts.get(label, {}), firsts.get(baseline, {})
@@ -319,7 +299,7 @@ def _answers(rows: Iterable[Row]) -> dict[Prompt, list[Row]]:
     return found
 
 
-def _first_answers(rows: Iterable[Row]) -> dict[str, dict[Prompt, Row]]:
+def first_answers(rows: Iterable[Row]) -> dict[str, dict[Prompt, Row]]:
     """label → prompt and turn → its first row that succeeded."""
     found: dict[str, dict[Prompt, Row]] = {}
     for row in sorted(rows, key=lambda row: row["repeat"]):
@@ -329,11 +309,10 @@ def _first_answers(rows: Iterable[Row]) -> dict[str, dict[Prompt, Row]]:
     return found
 
 
-def _same_output_expected(settings: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+def same_output_expected(settings: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Samples differ, and a label with another beam width or penalty does something else: nothing to verify."""
     if method_family(settings["kind"], dict(settings)) == "sample":
         return False
-
 
     def relevant(one: Mapping[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in one.items() if name not in _SAME_OUTPUT_ANYWAY and value is not None}

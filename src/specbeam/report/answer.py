@@ -30,17 +30,34 @@ def rate(figures: Mapping[str, Any]) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2g}"
 
 
+def shown(speedup: Mapping[str, Any]) -> tuple[float | None, float | None, float | None]:
+    """The geometric mean over prompts and its 95 % interval (of older runs: the median and its)."""
+    if speedup.get("geometric_low") is not None or speedup.get("low") is None:
+        value = speedup.get("geometric_mean") or speedup.get("median")
+        return value, speedup.get("geometric_low"), speedup.get("geometric_high")
+    return speedup.get("median"), speedup["low"], speedup["high"]
+
+
 def interval(speedup: Mapping[str, Any]) -> str:
-    """`1.62 (1.41–1.80)`, without the bracket where there is no interval, a dash where there is no figure."""
-    if speedup.get("median") is None:
+    """`1.62 (1.41–1.80)`, without the bracket where there is no interval, a dash where there is no figure; inside the
+    machine's noise `no difference (0.98–1.03)`."""
+    value, low, high = shown(speedup)
+    if value is None:
         return "–"
-    text = f"{speedup['median']:.2f}"
-    return text if speedup.get("low") is None else f"{text} ({speedup['low']:.2f}–{speedup['high']:.2f})"
+    text = "no difference" if within_noise(speedup) else f"{value:.2f}"
+    return text if low is None else f"{text} ({low:.2f}–{high:.2f})"
+
+
+def within_noise(speedup: Mapping[str, Any]) -> bool:
+    """The baseline against itself (A/A) comes out as far from 1."""
+    value, noise = shown(speedup)[0], speedup.get("noise")
+    return bool(value and noise) and 1 / noise <= value <= noise  # type: ignore[operator]
 
 
 def no_difference(speedup: Mapping[str, Any]) -> bool:
-    """The interval holds 1."""
-    return speedup.get("low") is not None and speedup["low"] <= 1.0 <= speedup["high"]
+    """The interval holds 1, or the machine's noise is as large."""
+    _, low, high = shown(speedup)
+    return within_noise(speedup) or (low is not None and high is not None and low <= 1.0 <= high)
 
 
 def _sentence(name: str, own: Mapping[str, Mapping[str, Any]], use: str) -> str:
@@ -51,11 +68,11 @@ def _sentence(name: str, own: Mapping[str, Mapping[str, Any]], use: str) -> str:
         others = [label for label in own if label != best]
         second = max(others, key=lambda label: own[label]["decode_tokens_per_second"])
         against = own[second]["speedup"].get(best) or {}
-        behind = f"{interval(against)} × {best}" if against.get("median") else f"{rate(own[second])} tokens a second"
+        behind = _against(against, best) if against.get("median") else f"{rate(own[second])} tokens a second"
         return (f"{use} {best}: at {rate(figures)} tokens a second it is the fastest of the {name} methods; next is "
                 f"{second} with {behind}.")
     if all(no_difference(one) for one in speedups.values()):
-        found = " and ".join(f"{interval(one)} × {baseline}" for baseline, one in speedups.items())
+        found = " and ".join(_against(one, baseline) for baseline, one in speedups.items())
         return (f"{best} is fastest of the {name} methods, at {rate(figures)} tokens a second, but not beyond doubt: "
                 f"{found}.")
     over = " and ".join(_times(one, baseline, first=not number)
@@ -63,12 +80,20 @@ def _sentence(name: str, own: Mapping[str, Mapping[str, Any]], use: str) -> str:
     return f"{use} {best}: it decodes {rate(figures)} tokens a second, {over}{_tokens(figures)}."
 
 
+def _against(speedup: Mapping[str, Any], baseline: str) -> str:
+    text = interval(speedup)
+    if within_noise(speedup):
+        return text.replace("no difference", f"no difference to {baseline}")
+    return f"{text} × {baseline}"
+
+
 def _times(speedup: Mapping[str, Any], baseline: str, first: bool) -> str:
-    text = f"{speedup['median']:.2f} × {baseline}"
-    if speedup.get("low") is None:
+    value, low, high = shown(speedup)
+    text = f"no difference to {baseline}" if within_noise(speedup) else f"{value:.2f} × {baseline}"
+    if low is None:
         return text
-    doubt = ", no sure difference" if no_difference(speedup) else ""
-    return f"{text} ({'95 % interval ' if first else ''}{speedup['low']:.2f}–{speedup['high']:.2f}{doubt})"
+    doubt = ", no sure difference" if no_difference(speedup) and not within_noise(speedup) else ""
+    return f"{text} ({'95 % interval ' if first else ''}{low:.2f}–{high:.2f}{doubt})"
 
 
 def _tokens(figures: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from specbeam.report.answer import shown
 from specbeam.report.escape import escape
 
 Methods = Mapping[str, Mapping[str, Any]]
@@ -48,12 +49,12 @@ def speed_against_quality(methods: Methods, quality: str, title: str, better: st
 
 
 def speedups(methods: Methods, baselines: Sequence[str]) -> str:
-    """One line a method and baseline: the median and its 95 % interval, on a logarithmic scale around 1 ×."""
+    """One line a method and baseline: the geometric mean and its 95 % interval, on a logarithmic scale around 1 ×."""
     lines = [(label, baseline, one) for baseline in baselines for label, figures in methods.items()
              if (one := figures.get("speedup", {}).get(baseline)) and one.get("median")]
     if not lines:
         return ""
-    reach = [value for _, _, one in lines for value in (one["median"], one["low"], one["high"]) if value]
+    reach = [value for _, _, one in lines for value in shown(one) if value]
     low, high = min(0.8, *reach) * 0.95, max(1.25, *reach) * 1.05
     width, left, right, row = 780, 330, 140, 26
     height = 40 + row * len(lines)
@@ -62,22 +63,23 @@ def speedups(methods: Methods, baselines: Sequence[str]) -> str:
         return left + math.log(value / low) / math.log(high / low) * (width - left - right)
 
     steps = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-    shown = [1.0]  # ticks with room for their labels, from 1 × outward
+    marks = [1.0]  # ticks with room for their labels, from 1 × outward
     for tick in sorted((tick for tick in steps if low <= tick <= high), key=lambda tick: abs(math.log(tick))):
-        if all(abs(x(tick) - x(other)) >= 38 for other in shown):
-            shown.append(tick)
+        if all(abs(x(tick) - x(other)) >= 38 for other in marks):
+            marks.append(tick)
     parts = [_line(x(tick), 8, x(tick), height - 24, "one" if tick == 1 else "grid")
-             + _text(x(tick), height - 8, f"{tick:g} ×", "tick middle") for tick in shown]
+             + _text(x(tick), height - 8, f"{tick:g} ×", "tick middle") for tick in marks]
     for number, (label, baseline, one) in enumerate(lines):
         y = 22 + row * number
         css = "peer" if methods[label]["kind"].startswith("transformers_") else "ours"
-        text = f"{one['median']:.2f} ×"
+        value, least, most = shown(one)
+        text = f"{value:.2f} ×"
         bar = ""
-        if one["low"] is not None:
-            text += f" ({one['low']:.2f}–{one['high']:.2f})"
-            bar = _line(x(one["low"]), y, x(one["high"]), y, f"interval {css}")
+        if least is not None and most is not None:
+            text += f" ({least:.2f}–{most:.2f})"
+            bar = _line(x(least), y, x(most), y, f"interval {css}")
         parts.append(f'<g>{_text(left - 12, y + 4, f"{_cut(label)} over {_cut(baseline)}", "label end")}{bar}'
-                     f'<circle class="{css}" cx="{x(one["median"]):.1f}" cy="{y}" r="5"/>'
+                     f'<circle class="{css}" cx="{x(value or 1):.1f}" cy="{y}" r="5"/>'
                      f'{_text(width - right + 12, y + 4, text, "label")}</g>')
     return _svg(width, height, "Speed-ups with 95 % intervals", parts)
 

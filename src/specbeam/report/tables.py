@@ -8,11 +8,12 @@ from typing import Any
 
 import yaml
 
-from specbeam.report.answer import interval, no_difference, rate
+from specbeam.report.answer import interval, no_difference, rate, shown
 from specbeam.report.escape import escape
 from specbeam.report.terminal import phase_shares, same_output, speedup_over
 
 Methods = Mapping[str, Mapping[str, Any]]
+_PHASES = (("d", "drafting"), ("v", "target forwards"), ("a", "accepting"), ("r", "the rest"))  # css class, name
 
 
 def summary_table(methods: Methods) -> str:
@@ -25,10 +26,15 @@ def summary_table(methods: Methods) -> str:
         ("acceptance rate", lambda f: _number(f.get("acceptance_rate"), ".1%")),
         ("same output", same_output),
         ("BLEU", lambda f: _number(f.get("bleu"), ".1f")),
+        ("chrF", lambda f: _number(f.get("chrf"), ".1f")),
+        ("ROUGE-L", lambda f: _number(f.get("rougeL"), ".1f")),
+        ("exact match, %", lambda f: _number(f.get("exact_match"), ".0f")),
         ("perplexity", lambda f: _number(f.get("perplexity"), ",.2f")),
+        ("evaluator’s perplexity", lambda f: _number(f.get("evaluator_perplexity"), ",.2f")),
         ("gap to 2nd beam", lambda f: _number(f.get("beam_gap"), ".3f")),
         ("beams’ distinct pairs", lambda f: _number(f.get("beam_distinct_2"), ".0%")),
-        ("prefill, ms", lambda f: _number(f.get("prefill_seconds"), ",.1f", 1000)),
+        ("first token, ms", lambda f: _number(f.get("prefill_seconds"), ",.1f", 1000)),
+        ("peak memory, GiB", lambda f: _number(f.get("peak_memory_bytes"), ".2f", 2**-30)),
         ("new tokens", lambda f: _number(f.get("new_tokens"), ",d")),
         ("failed rows", lambda f: _number(f.get("failed"), "d")),
     ]
@@ -45,22 +51,19 @@ def summary_table(methods: Methods) -> str:
 
 
 def phases(methods: Methods) -> str:
-    """Parts of decode time spent drafting, verifying, and on the rest, as bars."""
+    """Parts of decode time spent drafting, verifying, accepting, and on the rest, as bars."""
     rows = ""
     for label, figures in methods.items():
         shares = phase_shares(figures)
         if shares is None:
             continue
-        draft, verify, rest = shares
         bars = "".join(f'<span class="{css}" style="width:{share:.2%}" title="{name} {share:.1%}"></span>'
-                       for css, name, share in (("d", "drafting", draft), ("v", "target forwards", verify),
-                                                ("r", "the rest", rest)) if share)
-        rows += (f'<tr><th scope="row">{escape(label)}</th><td class="bar">{bars}</td><td>{draft:.0%}</td>'
-                 f'<td>{verify:.0%}</td><td>{rest:.0%}</td></tr>')
+                       for (css, name), share in zip(_PHASES, shares, strict=True) if share)
+        rows += (f'<tr><th scope="row">{escape(label)}</th><td class="bar">{bars}</td>'
+                 + "".join(f"<td>{share:.0%}</td>" for share in shares) + "</tr>")
     if not rows:
         return ""
-    names = "".join(f'<th scope="col"><i class="{css}"></i>{name}</th>'
-                    for css, name in (("d", "drafting"), ("v", "target forwards"), ("r", "the rest")))
+    names = "".join(f'<th scope="col"><i class="{css}"></i>{name}</th>' for css, name in _PHASES)
     return ('<div class="wide"><table class="phases"><thead><tr><th></th><th></th>'
             f"{names}</tr></thead><tbody>{rows}</tbody></table></div>")
 
@@ -92,8 +95,9 @@ def environment_section(config: Mapping[str, Any], environment: Mapping[str, Any
 def _css(column: str, figures: Mapping[str, Any], methods: Methods) -> str:
     if column in ("× plain", "× transformers"):
         speedup = speedup_over(figures, column == "× transformers", methods)
-        if speedup.get("low") is not None and not no_difference(speedup):
-            return "good" if speedup["low"] > 1 else "bad"
+        _, low, _ = shown(speedup)
+        if low is not None and not no_difference(speedup):
+            return "good" if low > 1 else "bad"
     if column == "same output":
         return "" if all(one["same"] == one["of"] for one in figures.get("identical_to", {}).values()) else "bad"
     return "bad" if column == "failed rows" and figures.get("failed") else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from specbeam.report.answer import answers, interval, no_difference, rate
+from specbeam.report.answer import answers, interval, no_difference, rate, shown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,15 +17,16 @@ Cell = Callable[[Mapping[str, Any]], str]
 
 
 def print_table(summary: Mapping[str, Any], console: Console) -> None:
-    """One line a method; the answer and footnotes under it. Where time goes is shown in about 130 columns, intervals in
-    about 115; a file or a pipe has no edge. Columns that no method has a figure for are left out."""
+    """One line a method; the answer and footnotes under it. Where there is room (a file or a pipe has no edge) also
+    intervals, the time to the first token, where time goes, memory. Columns that no method has a figure for are left
+    out."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     methods: Mapping[str, Mapping[str, Any]] = summary.get("methods") or {}
-    for intervals, phases in ((True, True), (True, False), (False, True), (False, False)):
-        columns = _columns(methods, intervals, phases)
+    for intervals, level in ((True, 3), (True, 2), (True, 1), (True, 0), (False, 2), (False, 1), (False, 0)):
+        columns = _columns(methods, intervals, level)
         cells = {label: [cell(figures) for _, cell in columns] for label, figures in methods.items()}
         needed = _width(columns, cells)
         if needed <= console.width or not console.is_terminal:
@@ -61,12 +62,13 @@ def same_output(figures: Mapping[str, Any]) -> str:
     return " ".join(dict.fromkeys(counts)) or "–"
 
 
-def phase_shares(figures: Mapping[str, Any]) -> tuple[float, float, float] | None:
-    """Parts of decode time spent drafting, in target forwards, and on the rest; None where they were not measured."""
+def phase_shares(figures: Mapping[str, Any]) -> tuple[float, float, float, float] | None:
+    """Parts of decode time spent drafting, in target forwards, accepting (0 where only the rest was measured), and on
+    the rest; None where they were not measured."""
     if figures.get("verify_share") is None:
         return None
-    draft, verify = figures.get("draft_share") or 0.0, figures["verify_share"]
-    return draft, verify, max(0.0, 1 - draft - verify)
+    draft, verify, accept = (figures.get(f"{name}_share") or 0.0 for name in ("draft", "verify", "accept"))
+    return draft, verify, accept, max(0.0, 1 - draft - verify - accept)
 
 
 def _runners(summary: Mapping[str, Any]) -> str:
@@ -85,8 +87,16 @@ def footnotes(summary: Mapping[str, Any]) -> list[str]:
         batch = summary.get("batch_size") or 1
         notes.append(f"{summary['device']}, {str(summary.get('dtype')).removeprefix('torch.')}, "
                      f"{_runners(summary)}{'one prompt at a time' if batch == 1 else f'batches of {batch}'}. "
-                     "tokens/s: decoding alone, without prefill; speed-ups: median over prompts, 95 % bootstrap "
-                     "interval.")
+                     "tokens/s: decoding alone, without prefill; speed-ups: geometric mean over prompts, 95 % "
+                     "bootstrap interval.")
+    noise = {label: figures["noise"] for label, figures in methods.items()
+             if figures.get("noise") and any(label in other.get("speedup", {}) for other in methods.values())}
+    if noise:
+        against = ", ".join(f"{label} ±{100 * (factor - 1):.1f} %" for label, factor in noise.items())
+        notes.append(f"Noise of this machine (a baseline against itself in another repeat): {against}; what lies "
+                     "inside is printed as no difference.")
+    elif summary.get("device") and any(figures.get("speedup") for figures in methods.values()):
+        notes.append("The machine's noise was not measured: it takes repeats of 2 or more.")
     few = min((one["units"] for figures in methods.values() for one in figures.get("speedup", {}).values()
                if one.get("units")), default=FEW)
     if few < FEW:
@@ -129,16 +139,24 @@ def _differences(label: str, figures: Mapping[str, Any]) -> list[str]:
     return [f"{label} differs from {' and '.join(others)} {rest}" for rest, others in found.items()]
 
 
-def _columns(methods: Mapping[str, Mapping[str, Any]], intervals: bool, phases: bool) -> list[tuple[str, Cell]]:
-    """Heading and cell of each column that has a figure."""
+def _columns(methods: Mapping[str, Mapping[str, Any]], intervals: bool, level: int) -> list[tuple[str, Cell]]:
+    """Heading and cell of each column that has a figure; the higher the level (0 … 3) the more."""
     def speedup(peer: bool) -> Cell:
         def cell(figures: Mapping[str, Any]) -> str:
             found = speedup_over(figures, peer, methods)
-            return interval(found if intervals else dict(found, low=None))
+            return interval(found if intervals else dict(found, low=None, geometric_low=None))
         return cell
 
     def number(name: str, form: str) -> Cell:
         return lambda figures: "–" if figures.get(name) is None else format(figures[name], form)
+
+    def first_token(figures: Mapping[str, Any]) -> str:
+        seconds = (figures.get("first_token_seconds") or {}).get("median")
+        return "–" if seconds is None else f"{1000 * seconds:.3g}"
+
+    def memory(figures: Mapping[str, Any]) -> str:
+        used = figures.get("peak_memory_bytes")
+        return "–" if used is None else f"{used / 2**30:.2f}"
 
     def split(figures: Mapping[str, Any]) -> str:
         shares = phase_shares(figures)
@@ -148,19 +166,22 @@ def _columns(methods: Mapping[str, Mapping[str, Any]], intervals: bool, phases: 
         gap, distinct = figures.get("beam_gap"), figures.get("beam_distinct_2")
         return "–" if gap is None else f"{gap:.3f}" + (f"/{distinct:.0%}" if distinct is not None else "")
 
-    drafts = phases and any(figures.get("draft_share") for figures in methods.values())
+    drafts = level > 1 and any(figures.get("draft_share") for figures in methods.values())
     failures = any(figures.get("failed") for figures in methods.values())
     columns: list[tuple[str, Cell]] = [
         ("tokens\nper s", lambda figures: rate(figures) if figures.get("decode_tokens_per_second") else "–"),
         ("× plain", speedup(peer=False)),
         ("× trans-\nformers", speedup(peer=True)),
+        *([("first\ntoken ms", first_token)] if level else []),
         ("accepted\nlength", number("mean_accepted_length", ".2f")),
         ("accept.\nrate", number("acceptance_rate", ".0%")),
-        *([("draft/verify\n/rest of time", split)] if drafts else []),
-        *([("2nd beam’s gap\n/distinct pairs", beams)] if phases else []),
+        *([("draft/verify/\naccept/rest", split)] if drafts else []),
+        *([("2nd beam’s gap\n/distinct pairs", beams)] if level > 2 else []),
         ("same\noutput", same_output),
         ("BLEU", number("bleu", ".1f")),
+        ("exact\nmatch", number("exact_match", ".0f")),
         ("perplexity", number("perplexity", ",.2f")),
+        *([("peak\nGiB", memory)] if level > 2 else []),
         *([("failed", number("failed", "d"))] if failures else []),
     ]
     return [column for column in columns if any(column[1](figures) != "–" for figures in methods.values())]
@@ -181,6 +202,7 @@ def _style(heading: str, figures: Mapping[str, Any]) -> str:
         return "" if all(one["same"] == one["of"] for one in figures.get("identical_to", {}).values()) else "yellow"
     if heading == "tokens\nper s":
         ours: Mapping[str, Any] = next(iter(figures.get("speedup", {}).values()), {})
-        if ours.get("low") is not None and not no_difference(ours):
-            return "green" if ours["low"] > 1 else "red"
+        _, low, _ = shown(ours)
+        if low is not None and not no_difference(ours):
+            return "green" if low > 1 else "red"
     return ""
