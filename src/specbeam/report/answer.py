@@ -119,10 +119,11 @@ def tiles(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         found = [(best, "the fastest here", "")]
         for baseline, one in figures["speedup"].items():
             if one.get("median") is not None:
-                within = "" if one.get("low") is None else f", {one['low']:.2f}–{one['high']:.2f}"
-                sure = one.get("low") is not None and not no_difference(one)
-                found.append((f"{one['median']:.2f} ×", baseline + within,
-                              "" if not sure else "good" if one["median"] > 1 else "bad"))
+                value, low, high = shown(one)
+                within = "" if low is None else f", {low:.2f}–{high:.2f}"
+                sure = low is not None and not no_difference(one)
+                found.append((f"{value:.2f} ×", baseline + (", no difference" if within_noise(one) else within),
+                              "" if not sure else "good" if (value or 0) > 1 else "bad"))
         found.append((rate(figures), "tokens a second", ""))
         if (figures.get("mean_accepted_length") or 1) > 1:
             found.append((f"{figures['mean_accepted_length']:.2f}", "tokens a round", ""))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specbeam.errors import InputError
+from specbeam.report.answer import shown
 from specbeam.report.categories import speedups_by_category
 from specbeam.report.runs import Run
 from specbeam.report.terminal import phase_shares
@@ -18,7 +19,7 @@ FORMATS = ("pdf", "svg", "png")
 WIDTH = 3.5  # inches: a column of a two-column paper
 OURS, PEER, INK = "#1766c2", "#7a8794", "#1b1f24"
 COLOURS = ("#1766c2", "#c8641a", "#2f9e5b", "#9b59d0", "#c0392b", "#7a8794")
-PHASES = {"drafting": OURS, "target forwards": "#9aa5b1", "the rest": "#e1e5ea"}
+PHASES = {"drafting": OURS, "target forwards": "#9aa5b1", "accepting": "#5fb3ab", "the rest": "#e1e5ea"}
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 STYLES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1)), (0, (1, 1)))
 
@@ -64,7 +65,7 @@ def _colour(figures: dict[str, Any]) -> str:
 
 
 def _speedups(figure: Figure, run: Run) -> bool:
-    """The median and its 95 % interval over our plain method, else over the first baseline there is."""
+    """The geometric mean and its 95 % interval over our plain method, else over the first baseline there is."""
     lines = []
     for label, figures in _methods(run).items():
         for baseline, one in list(figures["speedup"].items())[:1]:
@@ -75,9 +76,10 @@ def _speedups(figure: Figure, run: Run) -> bool:
     figure.set_figheight(0.7 + 0.22 * len(lines))
     axes = figure.subplots()
     for place, (_, one, colour) in enumerate(lines):
-        if one.get("low") is not None:
-            axes.plot([one["low"], one["high"]], [place, place], color=colour, alpha=0.5, linewidth=2)
-        axes.plot(one["median"], place, "o", color=colour, markersize=4)
+        value, low, high = shown(one)
+        if low is not None:
+            axes.plot([low, high], [place, place], color=colour, alpha=0.5, linewidth=2)
+        axes.plot(value, place, "o", color=colour, markersize=4)
     axes.axvline(1, color=INK, linewidth=0.8)
     axes.set_yticks(range(len(lines)), [name for name, _, _ in lines])
     axes.invert_yaxis()
@@ -137,7 +139,7 @@ def _phases(figure: Figure, run: Run) -> bool:
     axes.set_yticks(range(len(bars)), [label for label, _ in bars])
     axes.invert_yaxis()
     axes.set_xlabel("part of decode time")
-    figure.legend(fontsize=6, frameon=False, loc="outside upper center", ncols=3)
+    figure.legend(fontsize=6, frameon=False, loc="outside upper center", ncols=4)
     return True
 
 
