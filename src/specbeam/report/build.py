@@ -26,6 +26,7 @@ from specbeam.report.outputs import (
     tokens_data,
 )
 from specbeam.report.prediction import prediction_table
+from specbeam.report.quality import quality_tables
 from specbeam.report.runs import Run, read_run
 from specbeam.report.side_by_side import names_of, overview
 from specbeam.report.tables import environment_section, phases, summary_table
@@ -103,8 +104,8 @@ def _sections(run: Run, number: int, views: dict[str, Any], output_bytes: int) -
         ("figures", "Figures", summary_table(methods) + (f'<ul class="notes">{notes}</ul>' if notes else "")),
         ("speedups", "Speed-ups", speedups and f'<div class="wide">{speedups}</div>'),
         ("categories", "Speed-up by category", category_table(run.rows, methods)),
-        ("quality", "Speed and quality", scatters and f'<div class="pair">{scatters}</div>'
-         '<p class="notes">Dots: specbeam’s methods; rings: transformers’.</p>'),
+        ("quality", "Speed and quality", (scatters and f'<div class="pair">{scatters}</div>'
+         '<p class="notes">Dots: specbeam’s methods; rings: transformers’.</p>') + quality_tables(methods)),
         ("acceptance", "Acceptance", charts.acceptance(methods) + prediction_table(run.rows, methods)),
         ("phases", "Time by phase", phases(methods)),
         ("tokens", "Tokens", _tokens(run.traces, number)),

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import html
 import json
+import re
 import unicodedata
 from typing import Any
 
 _JOINERS = "\u200c\u200d"  # emoji and Persian need them; they cannot turn the text around
 
 
+_UNUSUAL = re.compile(r"[^\n\t\x20-\x7e]")
+
+
 def visible(value: Any) -> str:
     """The text with what a browser would hide, or obey, written out: control characters as ␛, text direction marks,
     zero-width and other format characters as ⟨U+202E⟩, halves of a surrogate pair as �. New lines and tabs stay."""
-    return "".join(_visible(character) for character in str(value))
+    return _UNUSUAL.sub(lambda found: _visible(found.group()), str(value))
 
 
 def escape(value: Any) -> str:
@@ -29,8 +33,6 @@ def script_json(value: Any) -> str:
 
 def _visible(character: str) -> str:
     code = ord(character)
-    if 32 <= code < 127 or character in "\n\t":
-        return character
     if code < 32:
         return chr(0x2400 + code)
     if code == 127:
