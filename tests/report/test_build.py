@@ -12,6 +12,7 @@ from fake_run import METHODS, write_run
 
 from specbeam.errors import InputError
 from specbeam.report.build import write_report
+from specbeam.report.escape import visible
 
 HOSTILE = ('</script><script>alert(1)</script><img src=x onerror=alert(2)> "quoted" \'&amp; $title ${data} '
            '\x00\x07\x1b[31m \u202egnihtemos\u202c \u200b\u2028 \ud800 ]]> <!-- &#x3c; \x7f\x85')
@@ -161,3 +162,12 @@ def test_a_run_of_one_plain_method_has_no_speculation_to_show(tmp_path):
 def test_a_folder_without_a_run_is_refused_in_one_sentence(tmp_path):
     with pytest.raises(InputError, match="holds no run"):
         write_report(tmp_path)
+
+
+@pytest.mark.parametrize(("text", "shown"), [
+    ("ab\u200dc", "ab⟨U+200D⟩c"), ("\u200cab", "⟨U+200C⟩ab"), ("👩\u200d💻", "👩\u200d💻"),
+    ("می\u200cخواهم", "می\u200cخواهم"),
+    ("a\u3164b", "a⟨U+3164⟩b"), ("a\u2066b\ufeff", "a⟨U+2066⟩b⟨U+FEFF⟩"), ("naïve – “ok”\n\t", "naïve – “ok”\n\t"),
+    ("\x9b31m", "⟨U+009B⟩31m"), ("a\U000e0041", "a⟨U+E0041⟩")], ids=ascii)
+def test_invisible_characters_are_written_out_unless_a_script_needs_them(text, shown):
+    assert visible(text) == shown

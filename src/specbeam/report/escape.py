@@ -8,16 +8,17 @@ import re
 import unicodedata
 from typing import Any
 
-_JOINERS = "\u200c\u200d"  # emoji and Persian need them; they cannot turn the text around
-
-
+# Joiners between letters of Latin, Greek, Cyrillic, or at the start; emoji and Persian need them, and keep them.
+_NEEDLESS = re.compile("(?:(?<=[\x00-\u058f])|^)[\u200c\u200d]")
+_BLANKS = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"  # letters and marks without a glyph
 _UNUSUAL = re.compile(r"[^\n\t\x20-\x7e]")
 
 
 def visible(value: Any) -> str:
     """The text with what a browser would hide, or obey, written out: control characters as ␛, text direction marks,
     zero-width and other format characters as ⟨U+202E⟩, halves of a surrogate pair as �. New lines and tabs stay."""
-    return _UNUSUAL.sub(lambda found: _visible(found.group()), str(value))
+    text = _NEEDLESS.sub(lambda found: f"⟨U+{ord(found.group()):04X}⟩", str(value))
+    return _UNUSUAL.sub(lambda found: _visible(found.group()), text)
 
 
 def escape(value: Any) -> str:
@@ -40,6 +41,6 @@ def _visible(character: str) -> str:
     category = unicodedata.category(character)
     if category == "Cs":
         return "�"
-    if category in ("Cc", "Cf", "Zl", "Zp") and character not in _JOINERS:
+    if character in _BLANKS or (category in ("Cc", "Cf", "Zl", "Zp") and character not in "\u200c\u200d"):
         return f"⟨U+{code:04X}⟩"
     return character
