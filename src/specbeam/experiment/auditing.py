@@ -37,7 +37,7 @@ def run_audit(config: dict[str, Any], console: Console) -> int:
     draft = check_draft(methods, target, model_path(config, "draft"))
     for dtype in dtypes:
         check_device_and_dtype(config["device"], dtype)
-    check_runner(config["runner"] or "auto")
+    check_runner(config["runner"] or "auto", config["precision"])
     prompts = prompts_from_config(config)
 
     from specbeam.audit import audit
@@ -45,7 +45,7 @@ def run_audit(config: dict[str, Any], console: Console) -> int:
     def load(dtype: str) -> Models:
         with console.status(f"loading models in {dtype}"):
             same = any(method.same_vocabulary for method in methods)
-            models = Models(target, draft, config["device"], dtype, same, config["runner"])
+            models = Models(target, draft, config["device"], dtype, same, config["runner"], config["precision"])
         models.check(methods)
         return models
 

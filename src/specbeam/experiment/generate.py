@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from specbeam.experiment.plan import PlannedMethod
     from specbeam.trace import GenerationOutput, Hypothesis, RowTrace
 
-KEYS = ("target", "draft", "method", "system_prompt", "max_new_tokens", "seed", "device", "dtype", "runner", "debug")
+KEYS = ("target", "draft", "method", "system_prompt", "max_new_tokens", "seed", "device", "dtype", "runner",
+        "precision", "debug")
 
 
 def generate(prompt: str, config: dict[str, Any], console: Console) -> int:
@@ -41,9 +42,10 @@ def generate(prompt: str, config: dict[str, Any], console: Console) -> int:
         raise InputError("target.path is null: give bundled, a folder or a hub id.")
     draft = check_draft((method,), target, model_path(config, "draft"))
     check_device_and_dtype(config["device"], config["dtype"])
-    check_runner(config["runner"] or "auto")
+    check_runner(config["runner"] or "auto", config["precision"])
     with console.status("loading models"):
-        models = Models(target, draft, config["device"], config["dtype"], method.same_vocabulary, config["runner"])
+        models = Models(target, draft, config["device"], config["dtype"], method.same_vocabulary, config["runner"],
+                        config["precision"])
     models.check((method,))
     rendered = models.render([prompt], config["system_prompt"])
     if config["debug"].get("render_input_text"):

@@ -18,8 +18,8 @@ from specbeam.runners import check_runner
 
 TOP_KEYS = (
     "target", "draft", "methods", "only", "prompts", "prompt_set", "system_prompt", "batch_size", "repeats",
-    "max_new_tokens", "metrics", "evaluator", "seed", "device", "dtype", "runner", "debug", "trace", "wandb",
-    "output_dir", "experiment",
+    "max_new_tokens", "metrics", "evaluator", "seed", "device", "dtype", "runner", "precision",
+    "debug", "trace", "wandb", "output_dir", "experiment",
 )  # fmt: skip
 INNER_KEYS = {
     "target": ("path",),
@@ -199,7 +199,7 @@ def make_plan(config: dict[str, Any]) -> Plan:
     draft = check_draft(methods, target, model_path(config, "draft"))
     prompts = prompts_from_config(config)
     check_device_and_dtype(config.get("device"), config.get("dtype"))
-    check_runner(config.get("runner") or "auto")
+    check_runner(config.get("runner") or "auto", config.get("precision"))
     from specbeam.experiment.quality import check_evaluator, check_metrics
 
     metrics = check_metrics(config.get("metrics"), prompts)

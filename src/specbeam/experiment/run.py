@@ -59,7 +59,8 @@ def compare(config: dict[str, Any], command: list[str], console: Console) -> int
 
     with console.status("loading models"):
         same = any(method.same_vocabulary for method in plan.methods)
-        models = Models(plan.target, plan.draft, config["device"], config["dtype"], same, config["runner"])
+        models = Models(plan.target, plan.draft, config["device"], config["dtype"], same, config["runner"],
+                        config["precision"])
     models.check(plan.methods)
     # Only now, when nothing can be refused any more, something is written.
     resolved = resolve(plan, models)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # What is tried, in this order; eager is always left.
 _ORDER = {"openvino": ("openvino",), "compile": ("compile", "graph"), "graph": ("graph",), "eager": ()}
-_AUTO: dict[str, tuple[str, ...]] = {"cpu": (), "cuda": ()}  # by device; silent where a package is missing
+_AUTO: dict[str, tuple[str, ...]] = {"cpu": ("openvino",), "cuda": ()}  # by device; silent where a package is missing
 
 _wanted: WeakKeyDictionary[PreTrainedModel, tuple[str, str | None]] = WeakKeyDictionary()
 # A runner must not hold its model, or neither would ever be freed.
