@@ -24,7 +24,7 @@ _HOME = {
     "Hypothesis": "specbeam.trace",
     "InputError": "specbeam.errors",
 }
-__all__ = ["__version__", *_HOME]
+__all__ = ["__version__", "transformers", *_HOME]
 
 if TYPE_CHECKING:
     from specbeam.chat import render_prompt as render_prompt
@@ -40,8 +40,12 @@ if TYPE_CHECKING:
     from specbeam.trace import GenerationOutput as GenerationOutput
     from specbeam.trace import Hypothesis as Hypothesis
 
+    from . import transformers as transformers
+
 
 def __getattr__(name: str):
+    if name == "transformers":
+        return import_module("specbeam.transformers")
     if name not in _HOME:
         raise AttributeError(f"module 'specbeam' has no attribute {name!r}; it has {', '.join(sorted(_HOME))}")
     return getattr(import_module(_HOME[name]), name)

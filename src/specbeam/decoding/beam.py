@@ -192,9 +192,8 @@ def _endings(row: Beams, candidates: Sequence[tuple[int, int]], request: Request
     full = "length" if length >= request.rows[number].max_new_tokens else None
     if not request.stopping:
         return ["eos" if token in request.eos else full for _, token in candidates]
-    prompt = request.rows[number].prompt
     return ["eos" if token in request.eos
-            else "stop" if stops(request.stopping, [*prompt, *row.tokens[origin], token], device) else full
+            else "stop" if stops(request, number, [*row.tokens[origin], token], device) else full
             for origin, token in candidates]
 
 

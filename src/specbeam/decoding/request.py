@@ -22,7 +22,7 @@ from specbeam.engine.runner import embedding
 from specbeam.errors import InputError
 
 # What `generate` would do with these, our methods do not: set by the caller they are refused, never ignored.
-_REFUSED = {
+REFUSED = {
     "guidance_scale": (None, 1), "watermarking_config": (None,), "penalty_alpha": (None, 0), "dola_layers": (None,),
     "prompt_lookup_num_tokens": (None,), "num_beam_groups": (None, 1), "diversity_penalty": (None, 0),
     "constraints": (None,), "force_words_ids": (None,), "token_healing": (None, False), "use_cache": (None, True),
@@ -34,8 +34,8 @@ _REFUSED = {
     "assistant_confidence_threshold": (None,), "max_matching_ngram_size": (None,),
 }
 # Also in force when they come from the checkpoint's generation_config, where they would change the output.
-_REFUSED_FROM_CHECKPOINT = ("guidance_scale", "watermarking_config", "penalty_alpha", "dola_layers", "token_healing",
-                            "diversity_penalty", "constraints", "force_words_ids")
+REFUSED_FROM_CHECKPOINT = ("guidance_scale", "watermarking_config", "penalty_alpha", "dola_layers", "token_healing",
+                           "diversity_penalty", "constraints", "force_words_ids")
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Row:
     max_new_tokens: int
     processors: LogitsProcessorList
     generator: torch.Generator
+    padding: tuple[int, ...] = ()  # before the prompt, for the caller's stopping criteria alone
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,17 @@ class Request:
 
 
 def settle(
-    target: Any, input_ids: Tensor | Sequence[Tensor], attention_mask: Tensor | None, *,
+    target: Any, input_ids: Tensor | Sequence[Tensor] | Request, attention_mask: Tensor | None, *,
     sampled: bool, beams: tuple[int, int] = (1, 1), seed: int | Sequence[int] = 0, tokenizer: Any = None,
     streamer: Any = None, trace: bool = False,
     logits_processor: LogitsProcessorList | None = None, stopping_criteria: StoppingCriteriaList | None = None,
     prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None = None,
     generation_config: GenerationConfig | None = None, **options: Any,
 ) -> Request:
-    """beams: num_beams and num_return_sequences. Raises InputError, in one sentence, for anything that cannot be
-    honoured."""
+    """beams: num_beams and num_return_sequences. A batch that is settled already (transformers.py) stays as it is.
+    Raises InputError, in one sentence, for anything that cannot be honoured."""
+    if isinstance(input_ids, Request):
+        return input_ids
     _check_names(options)
     prompts = prompt_rows(input_ids, attention_mask)
     _check_tokens(prompts, embedding(target).shape[0])
@@ -214,9 +217,9 @@ def _check_names(options: dict[str, Any]) -> None:
 
 
 def _check_values(config: GenerationConfig, options: dict[str, Any], target: Any) -> None:
-    for name, harmless in _REFUSED.items():
+    for name, harmless in REFUSED.items():
         value = getattr(config, name, None)
-        if value not in harmless and (name in options or name in _REFUSED_FROM_CHECKPOINT):
+        if value not in harmless and (name in options or name in REFUSED_FROM_CHECKPOINT):
             raise InputError(f"{name}={value!r} is not supported by specbeam's methods: leave it out, or use a "
                              "transformers_* method.")
     for name in ("max_new_tokens", "max_length"):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, StoppingCriteriaList
+from transformers import PreTrainedModel
 
 from specbeam.decoding.request import Request
 from specbeam.trace import GenerationOutput, Hypothesis, Round, RowTrace, search_trees
@@ -82,7 +82,7 @@ class Batch:
             state.tokens.append(token)
             state.sources.append(source)
             state.token_rounds.append(len(state.rounds) + (state.first_tokens > 0))
-            state.finish_reason = self._ending(state, token)
+            state.finish_reason = self._ending(row, state, token)
             if state.finish_reason is not None:
                 break
         if self.request.streamer is not None:
@@ -91,10 +91,10 @@ class Batch:
             self.request.streamer.put(torch.tensor(state.tokens[before:]))
         return len(state.tokens) - before
 
-    def _ending(self, state: RowState, token: int) -> str | None:
+    def _ending(self, row: int, state: RowState, token: int) -> str | None:
         if token in self.request.eos:
             return "eos"
-        if self.request.stopping and stops(self.request.stopping, state.sequence, self.device):
+        if self.request.stopping and stops(self.request, row, state.tokens, self.device):
             return "stop"
         return "length" if state.remaining == 0 else None
 
@@ -150,7 +150,7 @@ class Batch:
             for row in self.rows], search_trees(self.watched, len(self.rows)) if self.watched else None)
 
 
-def stops(criteria: StoppingCriteriaList, sequence: list[int], device: torch.device) -> bool:
-    """Whether transformers' criteria end this sequence (prompt included)."""
-    ids = torch.tensor([sequence], device=device)
-    return bool(torch.as_tensor(criteria(ids, None)).any())
+def stops(request: Request, row: int, tokens: Sequence[int], device: torch.device) -> bool:
+    """Whether transformers' criteria end this answer to a row's prompt."""
+    ids = torch.tensor([[*request.rows[row].padding, *request.rows[row].prompt, *tokens]], device=device)
+    return bool(torch.as_tensor(request.stopping(ids, None)).any())
