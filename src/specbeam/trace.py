@@ -38,6 +38,7 @@ class RowTrace:
     draft_seconds: float | None = None  # part of decode_seconds spent drafting
     verify_seconds: float | None = None  # part of decode_seconds spent in target forwards
     accept_seconds: float | None = None  # part of decode_seconds from logits to committed tokens
+    counted: int | None = None  # new tokens as another program counts them; None: those of the answer
 
 
 @dataclass(frozen=True)

@@ -329,7 +329,9 @@ class _Keeper:
 
 
 def _keep(kept: dict[tuple[int, ...], Tensor], input_ids: Tensor, scores: Tensor) -> Tensor:
-    kept |= {tuple(ids): row.clone() for ids, row in zip(input_ids.tolist(), scores, strict=True)}
+    # Of one text's places in a call the first counts: behind shorter proposals lie pads, which repeat the text.
+    texts = [tuple(ids) for ids in input_ids.tolist()]
+    kept |= {text: scores[place].clone() for place, text in reversed(list(enumerate(texts)))}
     return scores
 
 

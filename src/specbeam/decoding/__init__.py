@@ -42,7 +42,12 @@ METHODS: dict[str, Method] = {
     "transformers_assisted": Method(f"{_PEER}:transformers_assisted", "greedy", speculates=True, batched=False,
                                     options=("draft_length",)),
     "transformers_beam": Method(f"{_PEER}:transformers_beam", "beam"),
+    "openai_server": Method("specbeam.baselines.openai_server:openai_server", "greedy", batched=False,
+                            options=("base_url", "model", "timeout", "send", "api_key_variable")),
 }
+
+
+PEERS = ("transformers_", "openai_")  # how the kinds begin that are not ours
 
 
 def method_family(kind: str, settings: dict) -> str:

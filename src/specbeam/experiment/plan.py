@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
+from specbeam.baselines.openai_server import check_server
 from specbeam.decoding import METHODS, Method, method_family
 from specbeam.drafting import DRAFTERS, NEEDS_DRAFT, Settings
 from specbeam.errors import InputError
@@ -277,6 +278,8 @@ def plan_method(label: str, settings: Any, max_new_tokens: int) -> PlannedMethod
     for name, value in options.items():
         check_option_name(place, kind, method, name)
         check_option_value(place, kind, name, value)
+    if kind == "openai_server":
+        check_server(place, options)
     if method.family == "sample" and options.get("temperature") == 0:
         raise InputError(f"{place}temperature is 0, but {kind} samples: give a number above 0, or use a greedy kind.")
     beams = options.get("num_beams") or DEFAULT_BEAMS

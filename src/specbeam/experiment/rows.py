@@ -40,7 +40,7 @@ def row_of(
         "status": "ok",
         "error": None,
         "prompt_tokens": trace.prompt_tokens,
-        "new_tokens": len(best.tokens),
+        "new_tokens": len(best.tokens) if trace.counted is None else trace.counted,
         "first_tokens": trace.first_tokens,
         "prefill_seconds": trace.prefill_seconds,
         "decode_seconds": trace.decode_seconds,

@@ -86,6 +86,8 @@ def _figures(
     prefill = [row["prefill_seconds"] for row in rows]
     # Beam search may go on after its best hypothesis has ended: without speculation a round is a step all the same.
     accepted_length = mean_accepted_length(rows) if METHODS[kind].speculates or not rows else 1.0
+    if kind == "openai_server":  # how it decodes is its own affair, unless it exposes what it drafted
+        accepted_length = mean_accepted_length(rows) if any(row["drafted"] for row in rows) else None
     figures: dict[str, Any] = {
         "kind": kind,
         "family": family,

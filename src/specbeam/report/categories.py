@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from specbeam.decoding import PEERS
 from specbeam.report.escape import escape
 
 Methods = Mapping[str, Mapping[str, Any]]
@@ -27,7 +28,7 @@ def speedups_by_category(rows: Sequence[Mapping[str, Any]], methods: Methods) ->
     found: dict[str, dict[str, list[float]]] = {}
     for label, figures in methods.items():
         plain = next((name for name in figures.get("speedup", {})
-                      if not str(methods.get(name, {}).get("kind", name)).startswith("transformers_")), None)
+                      if not str(methods.get(name, {}).get("kind", name)).startswith(PEERS)), None)
         for (prompt, turn), name in category.items() if plain else ():
             ours, base = rates.get((label, prompt, turn)), rates.get((plain or "", prompt, turn))
             if ours and base:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from specbeam.decoding import PEERS
 from specbeam.report.answer import shown
 from specbeam.report.escape import escape
 
@@ -35,10 +36,10 @@ def speed_against_quality(methods: Methods, quality: str, title: str, better: st
                                                                          "tick end") for tick in ys]
     parts.append(_text((left + width) / 2, height - 6, "decode rate, tokens per second →", "axis middle"))
     parts.append(_text(left, 12, f"{title} ({better})", "axis"))
-    points.sort(key=lambda point: not point[3].startswith("transformers_"))  # ours on top
+    points.sort(key=lambda point: not point[3].startswith(PEERS))  # ours on top
     for (px, py, label, kind), (tx, ty) in zip(points, _label_places(
             [(x(p[0]), y(p[1]), p[2]) for p in points], (left, 18, width, height - bottom)), strict=True):
-        css = "peer" if kind.startswith("transformers_") else "ours"
+        css = "peer" if kind.startswith(PEERS) else "ours"
         away = abs(ty - 4 - y(py)) > 12  # a label that is not beside its dot gets a line to it
         nearest = min(max(x(px), tx), tx + 6.6 * len(_cut(label)))
         leader = _line(x(px), y(py), nearest, ty - (10 if ty > y(py) else -2), "leader") if away else ""
@@ -71,7 +72,7 @@ def speedups(methods: Methods, baselines: Sequence[str]) -> str:
              + _text(x(tick), height - 8, f"{tick:g} ×", "tick middle") for tick in marks]
     for number, (label, baseline, one) in enumerate(lines):
         y = 22 + row * number
-        css = "peer" if methods[label]["kind"].startswith("transformers_") else "ours"
+        css = "peer" if methods[label]["kind"].startswith(PEERS) else "ours"
         value, least, most = shown(one)
         text = f"{value:.2f} ×"
         bar = ""

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from specbeam.decoding import PEERS
 from specbeam.errors import InputError
 from specbeam.report.answer import shown
 from specbeam.report.categories import speedups_by_category
@@ -61,7 +62,7 @@ def _methods(run: Run) -> dict[str, dict[str, Any]]:
 
 
 def _colour(figures: dict[str, Any]) -> str:
-    return PEER if str(figures["kind"]).startswith("transformers_") else OURS
+    return PEER if str(figures["kind"]).startswith(PEERS) else OURS
 
 
 def _speedups(figure: Figure, run: Run) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from specbeam.decoding import PEERS
 from specbeam.report.escape import escape
 
 Methods = Mapping[str, Mapping[str, Any]]
@@ -24,7 +25,7 @@ def predicted(rows: Sequence[Mapping[str, Any]], methods: Methods) -> dict[str, 
         rates = figures.get("acceptance_by_position") or []
         own = [row for row in rows if row["method"] == label and row["status"] == "ok" and row["rounds"]]
         plain = next((methods[name] for name in figures.get("speedup", {})
-                      if name in methods and not str(methods[name]["kind"]).startswith("transformers_")), None)
+                      if name in methods and not str(methods[name]["kind"]).startswith(PEERS)), None)
         if not rates or figures.get("trees") or figures.get("family") != "greedy" or plain is None or not own:
             continue
         drafted, rounds = sum(row["drafted"] for row in own), sum(row["rounds"] for row in own)
