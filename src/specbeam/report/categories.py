@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import median
+from statistics import geometric_mean, median
 from typing import Any
 
 from specbeam.decoding import PEERS
@@ -37,7 +37,8 @@ def speedups_by_category(rows: Sequence[Mapping[str, Any]], methods: Methods) ->
 
 
 def category_table(rows: Sequence[Mapping[str, Any]], methods: Methods) -> str:
-    """One row a method, one column a category: the median, shaded; every prompt's own on hover. '' for one category."""
+    """One row a method, one column a category: the geometric mean, shaded; every prompt's own on hover. '' for one
+    category."""
     found = speedups_by_category(rows, methods)
     names = sorted({name for own in found.values() for name in own})
     if len(names) < 2:
@@ -53,11 +54,11 @@ def category_table(rows: Sequence[Mapping[str, Any]], methods: Methods) -> str:
             if not ratios:
                 cells += "<td>–</td>"
                 continue
-            middle = median(ratios)
+            middle = geometric_mean(ratios)
             each = ", ".join(f"{ratio:.2f}" for ratio in ratios[:40])
             tint = "up" if middle > 1 else "down"
             share = min(1.0, abs(middle - 1) / (1.0 if middle > 1 else 0.5))
             cells += f'<td class="{tint}" style="--share:{share:.0%}" title="{each}">{middle:.2f}</td>'
         body += f'<tr><th scope="row">{escape(label)}</th>{cells}</tr>'
-    return ('<div class="wide"><table class="heat"><thead><tr><th>× plain, median over prompts</th>'
+    return ('<div class="wide"><table class="heat"><thead><tr><th>× plain, geometric mean over prompts</th>'
             f"{head}</tr></thead><tbody>{body}</tbody></table></div>")

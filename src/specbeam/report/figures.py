@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any
 
 from specbeam.decoding import PEERS
@@ -145,7 +146,7 @@ def _phases(figure: Figure, run: Run) -> bool:
 
 
 def _categories(figure: Figure, run: Run) -> bool:
-    """Of the methods that speculate: every prompt's speed-up over our plain method, and the median."""
+    """Of the methods that speculate: every prompt's speed-up over our plain method, and the geometric mean."""
     found = {label: own for label, own in speedups_by_category(run.rows, _methods(run)).items()
              if _methods(run)[label].get("acceptance_rate") is not None}
     names = sorted({name for own in found.values() for name in own})
@@ -161,7 +162,7 @@ def _categories(figure: Figure, run: Run) -> bool:
             if ratios:
                 axes.plot([x] * len(ratios), ratios, "o", color=colour, alpha=0.5, markersize=3,
                           label=label if column == 0 else None)
-                middle = (ratios[(len(ratios) - 1) // 2] + ratios[len(ratios) // 2]) / 2
+                middle = geometric_mean(ratios)
                 axes.plot([x - apart / 3, x + apart / 3], [middle, middle], color=colour, linewidth=1.5)
     axes.axhline(1, color=INK, linewidth=0.8)
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
