@@ -63,6 +63,7 @@ def _cell(score: Mapping[str, Any] | None, form: str) -> str:
         return "<td>–</td>"
     within = ""
     if score.get("low") is not None and score.get("high") is not None:
-        within = f'<br><small>{format(score["low"], form)}–{format(score["high"], form)}</small>'
+        to = " to " if score["low"] < 0 else "–"
+        within = f'<br><small>{format(score["low"], form)}{to}{format(score["high"], form)}</small>'
     count = score.get("count")
     return f'<td title="{count} answers">{format(score["value"], form)}{within}</td>'

@@ -18,6 +18,10 @@ _PHASES = (("d", "drafting"), ("v", "target forwards"), ("a", "accepting"), ("r"
 
 def summary_table(methods: Methods) -> str:
     """One row a method, the columns of the terminal table and a few more."""
+    def beams(figures: Mapping[str, Any]) -> str:
+        gap, pairs = (figures.get(name) for name in ("beam_gap", "beam_distinct_2"))
+        return "–" if gap is None else f"{gap:.3f}" + (f" ({pairs:.0%} distinct)" if pairs is not None else "")
+
     columns = [
         ("decode tokens/s", lambda f: rate(f) if f.get("decode_tokens_per_second") else "–"),
         ("× plain", lambda f: interval(speedup_over(f, False, methods))),
@@ -26,28 +30,29 @@ def summary_table(methods: Methods) -> str:
         ("acceptance rate", lambda f: _number(f.get("acceptance_rate"), ".1%")),
         ("same output", same_output),
         ("BLEU", lambda f: _number(f.get("bleu"), ".1f")),
-        ("chrF", lambda f: _number(f.get("chrf"), ".1f")),
-        ("ROUGE-L", lambda f: _number(f.get("rougeL"), ".1f")),
         ("exact match, %", lambda f: _number(f.get("exact_match"), ".0f")),
         ("perplexity", lambda f: _number(f.get("perplexity"), ",.2f")),
-        ("evaluator’s perplexity", lambda f: _number(f.get("evaluator_perplexity"), ",.2f")),
-        ("gap to 2nd beam", lambda f: _number(f.get("beam_gap"), ".3f")),
-        ("beams’ distinct pairs", lambda f: _number(f.get("beam_distinct_2"), ".0%")),
+        ("2nd beam behind by", beams),
         ("first token, ms", lambda f: _number(f.get("prefill_seconds"), ",.1f", 1000)),
         ("peak memory, GiB", lambda f: _number(f.get("peak_memory_bytes"), ".2f", 2**-30)),
-        ("new tokens", lambda f: _number(f.get("new_tokens"), ",d")),
         ("failed rows", lambda f: _number(f.get("failed"), "d")),
     ]
     columns = [column for column in columns if any(column[1](f) not in ("–", "0") for f in methods.values())]
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name, _ in columns)
     body = ""
     for label, figures in methods.items():
-        cells = "".join(f'<td class="{_css(name, figures, methods)}">{escape(cell(figures))}</td>'
+        cells = "".join(f'<td class="{_css(name, figures, methods)}">{_with_interval(escape(cell(figures)))}</td>'
                         for name, cell in columns)
         kind = "" if figures["kind"] == label else f' <small>{escape(figures["kind"])}</small>'
         body += f'<tr><th scope="row">{escape(label)}{kind}</th>{cells}</tr>'
     return ('<div class="wide"><table class="figures"><thead><tr><th></th>'
             f"{head}</tr></thead><tbody>{body}</tbody></table></div>")
+
+
+def _with_interval(text: str) -> str:
+    """`1.62 (1.41–1.80)` with the interval below, so that the table stays narrow."""
+    value, bracket, rest = text.partition(" (")
+    return f"{value}<br><small>{rest.rstrip(')')}</small>" if bracket else text
 
 
 def phases(methods: Methods) -> str:
