@@ -102,3 +102,24 @@ def test_early_exit_runs_through_the_targets_runner(monkeypatch):
     model = tiny_model("llama")
     use_runner(model, "openvino")
     assert adapt(exit_early(model, 1)).runner.name == "planted"
+
+
+def test_torch_leaves_its_threads_to_a_runner_that_has_its_own(monkeypatch):
+    seen = []
+
+    def forward(*args):
+        seen.append(torch.get_num_threads())
+        return EAGER.forward(*args)
+
+    made = []
+    backend(monkeypatch, lambda adapter, precision: made.append(1) or replace(EAGER, name="planted", forward=forward,
+                                                                              own_threads=True))
+    model, before = tiny_model("llama"), torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        use_runner(model, "openvino")
+        seen.clear()
+        specbeam.greedy_generate(model, prompts((5,)), max_new_tokens=3)
+        assert set(seen) == {1} and torch.get_num_threads() == 3 and len(made) == 1
+    finally:
+        torch.set_num_threads(before)

@@ -25,6 +25,7 @@ class Runner:
     name: str
     open: Callable[[Adapter, int, int], Any]
     forward: Callable[..., Tensor]
+    own_threads: bool = False  # beside torch's
 
 
 @dataclass(frozen=True)

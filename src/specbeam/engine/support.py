@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from specbeam.engine.runner import Adapter, Runner, embedding
 from specbeam.engine.tree import Tips, TokenTree, branches, chain, leaves
 from specbeam.errors import InputError
+from specbeam.runners.choose import alone, runner_of
 
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 # What was found of each model, without the model itself: a value that held its key would keep it in memory for ever.
@@ -41,14 +42,25 @@ def adapt(model: PreTrainedModel) -> Adapter:
         adapter = _probe(model)
         _found[model] = (key, {f.name: getattr(adapter, f.name) for f in fields(adapter)
                                if f.name not in ("model", "runner")})
-    from specbeam.runners.choose import runner_of
-
     adapter = Adapter(model=model, **_found[model][1])
     return replace(adapter, runner=runner_of(adapter))
 
 
 @contextmanager
 def evaluating(*models: PreTrainedModel) -> Iterator[None]:
+    """While a method runs: models in eval mode, and torch on one thread if a runner brings its own, which torch's
+    idle ones would hold up (a quarter of the speed of plain decoding, two threads each on two cores)."""
+    with eval_mode(*models):
+        adapters = [adapt(model) for model in models]
+        if any(adapter.runner.own_threads for adapter in adapters):
+            with alone():
+                yield
+        else:
+            yield
+
+
+@contextmanager
+def eval_mode(*models: PreTrainedModel) -> Iterator[None]:
     """Models in eval mode, and afterwards as they were: dropout would make every forward another model."""
     training = [part for model in models for part in model.modules() if part.training]
     for part in training:
@@ -90,7 +102,7 @@ def runner_error(adapter: Adapter, runner: Runner, dtype: torch.dtype, itself: b
     against its own chains.
     """
     model, adapter = adapter.model, replace(adapter, runner=runner)
-    with evaluating(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         wanted, gap = _plain_logits(model, partial(_chain_logits, adapter) if itself else None)
         error = (_tree_logits(adapter) - wanted).abs().max().item()
     return None if error <= _tolerance(dtype, wanted, gap) else f"its logits are off by {error:.2g}"
@@ -114,7 +126,7 @@ def _probe(model: PreTrainedModel) -> Adapter:
         raise InputError(f"{name} was loaded with attn_implementation={attention!r}, which takes no mask of a tree: "
                          "load it with attn_implementation=\"sdpa\" or \"eager\".")
     eager = attention != "sdpa"
-    with evaluating(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         wanted, gap = _plain_logits(model)
         tried = []
         # Cheapest first: a boolean mask where sdpa takes it, one index per row for the last logits.

@@ -8,6 +8,8 @@ from it (the probe of engine/support.py). Else the next one in `_ORDER` is tried
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 # What is tried, in this order; eager is always left.
 _ORDER = {"openvino": ("openvino",), "compile": ("compile", "graph"), "graph": ("graph",), "eager": ()}
 _AUTO: dict[str, tuple[str, ...]] = {"cpu": ("openvino",), "cuda": ()}  # by device; silent where a package is missing
+
+_outside: int | None = None  # torch's threads before it was left one
 
 _wanted: WeakKeyDictionary[PreTrainedModel, tuple[str, str | None]] = WeakKeyDictionary()
 # A runner must not hold its model, or neither would ever be freed.
@@ -63,20 +67,38 @@ def runner_of(adapter: Adapter) -> Runner:
     order = _AUTO.get(adapter.device.type, ()) if name == "auto" else _ORDER[name]
     if not order:
         return EAGER
-    key = (name, precision, torch.get_num_threads(), _state(model))
+    key = (name, precision, threads(), _state(model))
     if model not in _made or _made[model][0] != key:
         _made.pop(model, None)
         _made[model] = (key, _make(adapter, order, precision, quiet=name == "auto"))
     return _made[model][1]
 
 
+def threads() -> int:
+    """How many a runner may have: torch's."""
+    return _outside or torch.get_num_threads()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Torch on one thread: a runner has the others."""
+    global _outside
+    before, _outside = _outside, threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(_outside if before is None else 1)
+        _outside = before
+
+
 def _make(adapter: Adapter, order: tuple[str, ...], precision: str | None, quiet: bool) -> Runner:
-    from specbeam.engine.support import evaluating, runner_error
+    from specbeam.engine.support import eval_mode, runner_error
 
     reasons: list[str] = []
     for name in order:
         try:
-            with evaluating(adapter.model), torch.no_grad():
+            with eval_mode(adapter.model), torch.no_grad():
                 runner = import_module(f"specbeam.runners.{name}").make(adapter, precision)
             dtype = torch.bfloat16 if precision == "bf16" else adapter.model.dtype
             error = runner_error(adapter, runner, dtype, itself=precision == "int8")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from specbeam.engine.runner import Adapter, Runner
+from specbeam.runners.choose import threads
 from specbeam.runners.openvino_cache import compute_type, load
 
 _HIDDEN = -1e38  # added to a score; finite (in bfloat16 too), as NaN comes of inf - inf
@@ -32,14 +33,14 @@ def make(adapter: Adapter, precision: str | None) -> Runner:
     def open_slots(adapter: Adapter, rows: int, capacity: int) -> StateSlots:
         return StateSlots(requests, rows, capacity)
 
-    return Runner("openvino" if precision is None else f"openvino {precision}", open_slots, _forward)
+    return Runner("openvino" if precision is None else f"openvino {precision}", open_slots, _forward, own_threads=True)
 
 
 class _Requests:
     """Infer requests of one model, lent to trees and used again when a tree is gone."""
 
     def __init__(self, model: ov.Model, kind: str):
-        self.model, self.kind = model, kind
+        self.model, self.kind, self.threads = model, kind, threads()
         self.forget()
 
     def forget(self) -> None:
@@ -47,7 +48,7 @@ class _Requests:
         self.free: list[Any] = []
         self.compiled = ov.Core().compile_model(self.model, "CPU", {
             "INFERENCE_PRECISION_HINT": self.kind, "KV_CACHE_PRECISION": self.kind, "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(), "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0})
+            "INFERENCE_NUM_THREADS": self.threads, "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0})
 
     def lend(self, borrower: StateSlots) -> Any:
         request = self.free.pop() if self.free else self.compiled.create_infer_request()
