@@ -66,7 +66,7 @@ def memory(prompt_tokens: int = 1500, num_beams: int = 8, new: int = 32) -> dict
     """MiB of keys and values that each search holds at its end."""
     from specbeam.engine import cache
 
-    target, _ = specbeam.load_model("bundled")
+    target, _ = specbeam.load_model("bundled", runner="eager")  # whose slots can be counted
     prompt = torch.randint(10, 8000, (1, prompt_tokens), generator=torch.Generator().manual_seed(0))
     slots: list[Any] = []
     create = cache.SlotCache.__init__
