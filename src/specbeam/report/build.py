@@ -105,7 +105,7 @@ def _sections(run: Run, number: int, views: dict[str, Any], output_bytes: int) -
         ("speedups", "Speed-ups", speedups and f'<div class="wide">{speedups}</div>'),
         ("categories", "Speed-up by category", category_table(run.rows, methods)),
         ("quality", "Speed and quality", (scatters and f'<div class="pair">{scatters}</div>'
-         '<p class="notes">Dots: specbeam’s methods; rings: transformers’.</p>') + quality_tables(methods)),
+         '<p class="notes">Dots: specbeam’s methods; rings: others’.</p>') + quality_tables(methods)),
         ("acceptance", "Acceptance", charts.acceptance(methods) + prediction_table(run.rows, methods)),
         ("phases", "Time by phase", phases(methods)),
         ("tokens", "Tokens", _tokens(run.traces, number)),
