@@ -1,9 +1,11 @@
 """Beam search: ours against transformers', and speculative beams against ours. Ratios inside one run, interleaved.
 
-    python benchmarks/beams.py [--repeats 5] [--dtypes float32,bfloat16] [--out beams.json]
+    python benchmarks/beams.py [--repeats 3] [--dtypes float32,bfloat16] [--widths 2,4,8] [--runner auto] [--out f.json]
 
-Bundled pair, translation and short-answer prompts. Also the memory of keys and values for a 1,500-token prompt and 8
-beams. Every timed output is checked: fp32 hypotheses must be the same.
+Bundled pair, translation and short-answer prompts. Every output is checked: in fp32 the tokens must be those of our
+beam search. Beside speed: the time outside forwards, how often the target's next beams were all among the draft's
+(the ceiling of any speculation: steps a round with a free draft and free verification), and the memory of keys and
+values for a 1,500-token prompt and 8 beams.
 """
 
 from __future__ import annotations
@@ -11,62 +13,118 @@ from __future__ import annotations
 import argparse
 import json
 from statistics import median
+from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 
 import specbeam
 from specbeam.decoding import METHODS
+from specbeam.engine import tree
 from specbeam.experiment.prompts import BUNDLED, read_prompts
 
 CATEGORIES = ("translation", "arithmetic", "instruction")
+CEILING = 6  # steps ahead
 
 
 def methods(width: int) -> dict[str, tuple[str, dict[str, Any]]]:
-    return {
-        f"beam {width}": ("beam", {"num_beams": width}),
-        f"transformers_beam {width}": ("transformers_beam", {"num_beams": width}),
-        f"speculative_beam {width}, auto": ("speculative_beam", {"num_beams": width, "draft_length": "auto"}),
-        f"speculative_beam {width}, 2 steps": ("speculative_beam", {"num_beams": width, "draft_length": 2}),
-    }
+    found = {"beam": ("beam", {}), "transformers_beam": ("transformers_beam", {}),
+             "speculative_beam, auto": ("speculative_beam", {"draft_length": "auto"})}
+    for ahead in (1, 2, 3):
+        found[f"speculative_beam, {ahead} ahead"] = ("speculative_beam", {"draft_length": ahead})
+    found["speculative_beam, token_recycling, auto"] = (
+        "speculative_beam", {"drafter": "token_recycling", "draft_length": "auto"})
+    return {f"{label}, width {width}": (kind, {"num_beams": width, **options})
+            for label, (kind, options) in found.items()}
 
 
-def measure(dtype: str, repeats: int, widths: tuple[int, ...] = (2, 4, 8)) -> list[dict[str, Any]]:
-    target, draft, tokenizer = specbeam.load_pair(dtype=dtype)
-    asked = [p.conversation(0) for p in read_prompts(BUNDLED) if p.category in CATEGORIES][::3]
-    prompts = [specbeam.render_prompt(tokenizer, [one]).input_ids for one in asked]
+def interval(logs: list[float]) -> tuple[float, float, float]:
+    """Geometric mean over prompts, and its 95 % bootstrap interval."""
+    each = np.array(logs)
+    draws = np.random.default_rng(0).choice(each, (4000, len(each))).mean(1)
+    return tuple(float(np.exp(value)) for value in (each.mean(), *np.percentile(draws, [2.5, 97.5])))  # type: ignore
+
+
+def measure(dtype: str, runner: str, repeats: int, widths: list[int], count: int) -> list[dict[str, Any]]:
+    target, draft, tokenizer = specbeam.load_pair(dtype=dtype, runner=runner)
+    asked = [p.conversation(0) for p in read_prompts(BUNDLED) if p.category in CATEGORIES]
+    prompts = [specbeam.render_prompt(tokenizer, [one]).input_ids for one in asked[:: max(len(asked) // count, 1)]]
+    forwards = [0.0]
+    plain = tree.TokenTree.extend.__globals__["forward"]
+
+    def timed(*arguments: Any) -> Any:
+        start = perf_counter()
+        logits = plain(*arguments)
+        forwards[0] += perf_counter() - start
+        return logits
+
+    tree.TokenTree.extend.__globals__["forward"] = timed
     found = []
     for width in widths:
-        seconds: dict[str, list[list[float]]] = {label: [[] for _ in prompts] for label in methods(width)}
-        tokens: dict[str, dict[int, Any]] = {label: {} for label in seconds}
-        steps: dict[str, list[int]] = {label: [0, 0] for label in seconds}
+        chosen = methods(width)
+        seconds: dict[str, list[list[float]]] = {label: [[] for _ in prompts] for label in chosen}
+        outside: dict[str, list[float]] = {label: [] for label in chosen}
+        tokens: dict[str, dict[int, Any]] = {label: {} for label in chosen}
+        rounds: dict[str, list[Any]] = {label: [] for label in chosen}
         for repeat in range(-1, repeats):  # the first is a warm-up
             for number, prompt in enumerate(prompts):
-                for label, (kind, options) in methods(width).items():
+                labels = list(chosen)
+                for label in labels[number % len(labels):] + labels[: number % len(labels)]:
+                    kind, options = chosen[label]
                     models = (target, draft) if METHODS[kind].speculates else (target,)
+                    forwards[0], start = 0.0, perf_counter()
                     out = METHODS[kind].load()(*models, prompt, torch.ones_like(prompt), max_new_tokens=40, **options)
+                    whole = perf_counter() - start
                     tokens[label][number] = out.tokens[0]
                     if repeat >= 0:
-                        trace = out.trace[0]
-                        seconds[label][number].append(trace.decode_seconds)
-                        steps[label][0] += sum(r.committed for r in trace.rounds)
-                        steps[label][1] += len(trace.rounds)
-        base = [median(times) for times in seconds[f"beam {width}"]]
+                        seconds[label][number].append(out.trace[0].decode_seconds)
+                        outside[label].append(1 - forwards[0] / whole)
+                        rounds[label] += out.trace[0].rounds
+        base = {name: [median(times) for times in seconds[f"{name}, width {width}"]]
+                for name in ("beam", "transformers_beam")}
         for label, times in seconds.items():
-            ratios = sorted(ours / median(theirs) for ours, theirs in zip(base, times, strict=True))
+            ratios = {name: interval([float(np.log(theirs / median(ours))) for theirs, ours
+                                      in zip(base[name], times, strict=True)]) for name in base}
+            steps = sum(one.committed for one in rounds[label]) / max(len(rounds[label]), 1)
             found.append({
-                "dtype": dtype, "method": label, "times_beam": median(ratios), "lowest": ratios[0],
-                "highest": ratios[-1], "steps_per_round": steps[label][0] / max(steps[label][1], 1),
-                "same_tokens": sum(tokens[label][n] == tokens[f"beam {width}"][n] for n in range(len(prompts))),
+                "dtype": dtype, "runner": runner, "method": label, "times_beam": ratios["beam"],
+                "times_transformers": ratios["transformers_beam"], "steps_per_round": steps,
+                "milliseconds_per_round": 1e3 * sum(map(sum, times)) / max(len(rounds[label]), 1),
+                "outside_forwards": None if label.startswith("transformers") else median(outside[label]),
+                "same_tokens": sum(tokens[label][n] == tokens[f"beam, width {width}"][n] for n in range(len(prompts))),
                 "prompts": len(prompts)})
+            show(found[-1])
+        found.append({"dtype": dtype, "width": width, "ceiling": ceiling(target, draft, prompts, width)})
+        print(f"  steps a round that {CEILING} steps ahead reach, by draft beams: {found[-1]['ceiling']}", flush=True)
+    tree.TokenTree.extend.__globals__["forward"] = plain
     return found
 
 
+def ceiling(target: Any, draft: Any, prompts: list[Any], width: int) -> dict[int, float]:
+    """Steps a round when the draft goes far ahead, by the width of its search: agreement alone, whatever it costs."""
+    found = {}
+    for wide in (width, width + 2, 2 * width + 2):
+        rounds = [one for prompt in prompts for one in specbeam.speculative_beam_generate(
+            target, draft, prompt, num_beams=width, draft_beams=wide, draft_length=CEILING, max_new_tokens=40
+        ).trace[0].rounds]
+        found[wide] = round(sum(one.committed for one in rounds) / max(len(rounds), 1), 2)
+    return found
+
+
+def show(row: dict[str, Any]) -> None:
+    ours, theirs = ("{:.2f} ({:.2f}–{:.2f})".format(*row[name]) for name in ("times_beam", "times_transformers"))
+    apart = "" if row["outside_forwards"] is None else f"  {row['outside_forwards']:.0%} outside forwards"
+    print(f"{row['dtype']:9} {row['method']:48} × beam {ours}  × transformers {theirs}  {row['steps_per_round']:.2f} "
+          f"steps a round of {row['milliseconds_per_round']:.1f} ms{apart}  {row['same_tokens']}/{row['prompts']} same",
+          flush=True)
+
+
 def memory(prompt_tokens: int = 1500, num_beams: int = 8, new: int = 32) -> dict[str, float]:
-    """MiB of keys and values that each search holds at its end."""
+    """MiB of keys and values that each search holds at its end (eager, fp32)."""
     from specbeam.engine import cache
 
-    target, _ = specbeam.load_model("bundled", runner="eager")  # whose slots can be counted
+    target, _ = specbeam.load_model("bundled", runner="eager", dtype="float32")
     prompt = torch.randint(10, 8000, (1, prompt_tokens), generator=torch.Generator().manual_seed(0))
     slots: list[Any] = []
     create = cache.SlotCache.__init__
@@ -90,18 +148,20 @@ def memory(prompt_tokens: int = 1500, num_beams: int = 8, new: int = 32) -> dict
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--widths", default="2,4,8")
+    parser.add_argument("--runner", default="auto")
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--out")
     chosen = parser.parse_args()
-    rows = [row for dtype in chosen.dtypes.split(",") for row in measure(dtype, chosen.repeats)]
-    held = memory()
-    for row in rows:
-        print(f"{row['dtype']:9} {row['method']:28} {row['times_beam']:.2f} × beam "
-              f"({row['lowest']:.2f}–{row['highest']:.2f} over prompts)  {row['steps_per_round']:.2f} steps a round  "
-              f"{row['same_tokens']}/{row['prompts']} same")
-    print(f"keys and values, 1,500-token prompt, 8 beams: specbeam {held['specbeam']:.0f} MiB, "
-          f"transformers {held['transformers']:.0f} MiB")
+    rows = [row for dtype in chosen.dtypes.split(",") for row in measure(
+        dtype, chosen.runner, chosen.repeats, [int(width) for width in chosen.widths.split(",")], chosen.prompts)]
+    held = None if chosen.no_memory else memory()
+    if held:
+        print(f"keys and values, 1,500-token prompt, 8 beams: specbeam {held['specbeam']:.0f} MiB, "
+              f"transformers {held['transformers']:.0f} MiB")
     if chosen.out:
         with open(chosen.out, "w", encoding="utf-8") as file:
             json.dump({"rows": rows, "memory": held}, file, indent=1)

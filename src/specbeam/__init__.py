@@ -12,10 +12,13 @@ __version__ = "0.1.0"
 
 _HOME = {
     "beam_generate": "specbeam.decoding.beam",
+    "beam_sample_generate": "specbeam.decoding.beam_sample",
+    "diverse_beam_generate": "specbeam.decoding.diverse_beam",
     "greedy_generate": "specbeam.decoding.greedy",
     "sample_generate": "specbeam.decoding.sample",
     "speculative_beam_generate": "specbeam.decoding.speculative_beam",
     "speculative_generate": "specbeam.decoding.speculative",
+    "stochastic_beam_generate": "specbeam.decoding.stochastic_beam",
     "load_model": "specbeam.models",
     "load_pair": "specbeam.models",
     "use_runner": "specbeam.runners.choose",
@@ -29,10 +32,13 @@ __all__ = ["__version__", "transformers", *_HOME]
 if TYPE_CHECKING:
     from specbeam.chat import render_prompt as render_prompt
     from specbeam.decoding.beam import beam_generate as beam_generate
+    from specbeam.decoding.beam_sample import beam_sample_generate as beam_sample_generate
+    from specbeam.decoding.diverse_beam import diverse_beam_generate as diverse_beam_generate
     from specbeam.decoding.greedy import greedy_generate as greedy_generate
     from specbeam.decoding.sample import sample_generate as sample_generate
     from specbeam.decoding.speculative import speculative_generate as speculative_generate
     from specbeam.decoding.speculative_beam import speculative_beam_generate as speculative_beam_generate
+    from specbeam.decoding.stochastic_beam import stochastic_beam_generate as stochastic_beam_generate
     from specbeam.errors import InputError as InputError
     from specbeam.models import load_model as load_model
     from specbeam.models import load_pair as load_pair

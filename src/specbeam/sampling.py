@@ -62,6 +62,11 @@ def uniforms(generators: Sequence[torch.Generator], counts: Sequence[int], devic
     return numbers.to(device)
 
 
+def gumbels(generators: Sequence[torch.Generator], count: int, device: torch.device) -> Tensor:
+    """Standard Gumbel noise [rows, count] fp64, each row from its own generator."""
+    return -(-uniforms(generators, [count] * len(generators), device).log()).log()
+
+
 def draw(weights: Tensor, uniform: Tensor) -> Tensor:
     """Tokens [rows] drawn in proportion to non-negative weights [rows, vocabulary] by uniform numbers [rows].
 

@@ -8,14 +8,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 import transformers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from options import HONOURED, ROWS
+from options import HONOURED, ROWS, every_third
 from planted import mutated
 from reference import changed, good_draft, letters, model
 from test_beam import MANY_ENDS, assert_same, transformers_beams
 from tiny import _BASE, EOS, VOCABULARY, build, left_padded, prompts
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from specbeam import InputError, beam_generate, greedy_generate
 from specbeam.decoding import speculative_beam as spec
@@ -38,10 +40,12 @@ def facts(out):
     return [[(one.tokens, one.beams, one.finish_reason) for one in row] for row in out.hypotheses]
 
 
-def compare(target, draft, rows, num_beams, returned=None, peer=True, draft_length=4, draft_beams=None, **options):
+def compare(target, draft, rows, num_beams, returned=None, peer=True, draft_length=4, draft_beams=None, drafting=None,
+            **options):
     returned = num_beams if returned is None else returned
     common = {"num_beams": num_beams, "num_return_sequences": returned} | options
-    out = speculative_beam_generate(target, draft, rows, draft_length=draft_length, draft_beams=draft_beams, **common)
+    out = speculative_beam_generate(target, draft, rows, draft_length=draft_length, draft_beams=draft_beams,
+                                    **(drafting or {}), **common)
     plain = beam_generate(target, rows, **common)
     assert facts(out) == facts(plain)
     for ours, theirs in zip(out.hypotheses, plain.hypotheses, strict=True):
@@ -201,16 +205,34 @@ def test_a_prompt_is_stored_once_for_all_its_beams(monkeypatch):
         assert tree.cache.capacity <= 1.5 * (150 + 8 * 40 + 2 * wave)
 
 
+class Rounded(LogitsProcessor):
+    """Log-probabilities in quarters: scores tie at every step, exactly."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return (scores * 4).round() / 4
+
+
+@pytest.mark.parametrize("kind", ["good", "itself"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_ties_end_as_in_generate(name, kind):
+    for num_beams, ends in ((4, MANY_ENDS), (3, None), (5, [EOS, 44])):
+        compare(model(name), draft_of(kind, name), ROWS, num_beams, max_new_tokens=8, eos_token_id=ends,
+                logits_processor=LogitsProcessorList([Rounded()]))
+
+
 # Any search.
 
 cases = given(
-    lengths=st.lists(st.integers(1, 14), min_size=1, max_size=4), width=st.integers(1, 6), data=st.data(),
+    lengths=st.one_of(st.lists(st.integers(1, 14), min_size=1, max_size=3), st.just([5, 14, 1, 8, 3, 11, 2, 7])),
+    width=st.integers(1, 8), data=st.data(),
     new=st.integers(1, 14), penalty=st.sampled_from([-1.0, 0.0, 0.7, 1.0, 2.0]),
     early=st.sampled_from([False, True, "never"]), ends=st.lists(st.integers(3, 99), max_size=14, unique=True),
     name=st.sampled_from(FAMILIES), kind=st.sampled_from(["good", "good", "random", "itself"]),
     depths=st.integers(1, 6), wider=st.integers(0, 5), seed=st.integers(0, 99), shaped=st.sampled_from([
         {}, {}, {"repetition_penalty": 1.4}, {"no_repeat_ngram_size": 2}, {"min_new_tokens": 4},
-        {"bad_words_ids": [[t] for t in range(3, 30)] + [[50, 51]]}, {"suppress_tokens": list(range(40, 80))}]))
+        {"bad_words_ids": [[t] for t in range(3, 30)] + [[50, 51]]}, {"suppress_tokens": list(range(40, 80))},
+        {"prefix_allowed_tokens_fn": every_third}, {"repetition_penalty": 1.2, "no_repeat_ngram_size": 3,
+                                                    "bad_words_ids": [[60, 61], [7]]}]))
 
 
 def any_search(lengths, width, data, new, penalty, early, ends, name, kind, depths, wider, seed, shaped):

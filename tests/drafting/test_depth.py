@@ -11,7 +11,7 @@ class Model:
 
 def played(survival: list[float], step: float, per_depth: float, rounds: int = 400) -> tuple[Depth, list[int]]:
     """Rounds in which the k-th step survives in `survival[k]` of the cases, at these seconds."""
-    depths, chosen, clock = Depth(Model(), Model(), "auto", 4, 6, 1), [], 0
+    depths, chosen, clock = Depth(Model(), Model(), "auto", (4, 6), 1), [], 0
     for _ in range(rounds):
         depth = depths.choose()
         chosen.append(depth)
@@ -23,7 +23,7 @@ def played(survival: list[float], step: float, per_depth: float, rounds: int = 4
 
 
 def test_a_fixed_depth_is_that_depth():
-    depths = Depth(Model(), Model(), 3, 4, 6, 1)
+    depths = Depth(Model(), Model(), 3, (4, 6), 1)
     assert [depths.choose() for _ in range(5)] == [3] * 5 and not depths.auto
 
 
@@ -52,7 +52,7 @@ def test_a_gain_within_the_noise_is_no_reason_to_speculate():
 
 def test_what_was_learned_stays_with_the_pair_and_the_width():
     target, draft = Model(), Model()
-    first = Depth(target, draft, "auto", 4, 6, 1)
+    first = Depth(target, draft, "auto", (4, 6), 1)
     first.learn(0, [], [0.0, 0.0, 1.0])
-    assert Depth(target, draft, "auto", 4, 6, 1).costs is first.costs
-    assert Depth(target, draft, "auto", 8, 10, 1).costs is not first.costs
+    assert Depth(target, draft, "auto", (4, 6), 1).costs is first.costs
+    assert Depth(target, draft, "auto", (8, 10), 1).costs is not first.costs

@@ -32,7 +32,7 @@ def naive(table: dict[int, list[int]], token: int, limit: int) -> list[tuple[flo
 
 @given(tables, st.integers(0, 5), st.integers(0, 3), st.integers(1, 20))
 def test_the_tree_has_the_cheapest_paths_within_its_budget_and_depth(table, token, limit, nodes):
-    tokens, parents = grow(table, token, limit, nodes)
+    tokens, parents = grow(table, [(0.0, token)], limit, nodes)
     every = naive(table, token, limit)
     assert len(tokens) == min(nodes, len(every))
     costs = []

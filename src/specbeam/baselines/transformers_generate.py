@@ -60,9 +60,23 @@ def transformers_beam(target: PreTrainedModel, input_ids: Tensor | Sequence[Tens
     """`generate(num_beams=…)`: hypotheses best first, `score` its `sequences_scores`. One beam is greedy decoding."""
     if num_beams == 1:
         return transformers_greedy(target, input_ids, attention_mask, **options)
+    return _beams(target, input_ids, attention_mask, num_beams, options, do_sample=False)
+
+
+def transformers_beam_sample(target: PreTrainedModel, input_ids: Tensor | Sequence[Tensor],
+                             attention_mask: Tensor | None = None, *, num_beams: int = 4,
+                             **options: Any) -> GenerationOutput:
+    """`generate(num_beams=…, do_sample=True)`; `seed` as in `transformers_sample`, which one beam is."""
+    if num_beams == 1:
+        return transformers_sample(target, input_ids, attention_mask, **options)
+    return _beams(target, input_ids, attention_mask, num_beams, options, do_sample=True)
+
+
+def _beams(target: PreTrainedModel, input_ids: Tensor | Sequence[Tensor], attention_mask: Tensor | None,
+           num_beams: int, options: dict[str, Any], *, do_sample: bool) -> GenerationOutput:
     call = _Call(target, prompt_rows(input_ids, attention_mask), options)
     observer = _Observer(call.clock, forget_scores=True)
-    seconds, result = call.run(observer, do_sample=False, num_beams=num_beams, return_dict_in_generate=True,
+    seconds, result = call.run(observer, do_sample=do_sample, num_beams=num_beams, return_dict_in_generate=True,
                                output_scores=True)
     per_row = len(result.sequences) // len(call.prompts)
     hypotheses: list[list[Hypothesis]] = [[] for _ in call.prompts]

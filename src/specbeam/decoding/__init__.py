@@ -15,7 +15,7 @@ class Method:
     """`run` is `module:function`; the function takes (target[, draft], input_ids, attention_mask, **options)."""
 
     run: str
-    family: str  # greedy | sample | beam: what it may be compared with
+    family: str  # what it may be compared with: greedy | sample | beam | beam_sample | diverse_beam | stochastic_beam
     speculates: bool = False  # wants a draft model
     batched: bool = True  # False: rows of a batch run one after the other
     options: tuple[str, ...] = ()  # own options, beside transformers' GenerationConfig names
@@ -35,23 +35,31 @@ METHODS: dict[str, Method] = {
                                    "branching", "tree_nodes", "tree_width", "ngram", "branches", "corpus", "exit_layer",
                                    "min_match", "vocabulary")),
     "beam": Method("specbeam.decoding.beam:beam_generate", "beam", options=("trace",)),
+    "beam_sample": Method("specbeam.decoding.beam_sample:beam_sample_generate", "beam_sample", options=("trace",)),
+    "diverse_beam": Method("specbeam.decoding.diverse_beam:diverse_beam_generate", "diverse_beam",
+                           options=("num_beam_groups", "diversity_penalty")),
+    "stochastic_beam": Method("specbeam.decoding.stochastic_beam:stochastic_beam_generate", "stochastic_beam"),
     "speculative_beam": Method("specbeam.decoding.speculative_beam:speculative_beam_generate", "beam",
-                               speculates=True, options=("draft_length", "draft_beams", "trace")),
+                               speculates=True, options=("draft_length", "draft_beams", "drafter", "ngram", "branches",
+                                                         "corpus", "tree_nodes", "trace")),
     "transformers_greedy": Method(f"{_PEER}:transformers_greedy", "greedy"),
     "transformers_sample": Method(f"{_PEER}:transformers_sample", "sample"),
     "transformers_assisted": Method(f"{_PEER}:transformers_assisted", "greedy", speculates=True, batched=False,
                                     options=("draft_length",)),
     "transformers_beam": Method(f"{_PEER}:transformers_beam", "beam"),
+    "transformers_beam_sample": Method(f"{_PEER}:transformers_beam_sample", "beam_sample"),
     "openai_server": Method("specbeam.baselines.openai_server:openai_server", "greedy", batched=False,
                             options=("base_url", "model", "timeout", "send", "api_key_variable")),
 }
+BEAM_FAMILIES = ("beam", "beam_sample", "diverse_beam", "stochastic_beam")
+SAMPLED_FAMILIES = ("sample", "beam_sample", "stochastic_beam")  # outputs of two runs differ by chance
 
 
 PEERS = ("transformers_", "openai_")  # how the kinds begin that are not ours
 
 
 def method_family(kind: str, settings: dict) -> str:
-    """greedy | sample | beam. A speculative kind samples when its temperature is above 0."""
+    """A method's family; a speculative kind samples when its temperature is above 0."""
     method = METHODS[kind]
     if method.speculates and method.family == "greedy" and float(settings.get("temperature") or 0.0) > 0.0:
         return "sample"

@@ -79,7 +79,7 @@ def most_probable(total: Tensor, keep: int, live: Sequence[int]) -> tuple[Tensor
 
 
 class Ranked(NamedTuple):
-    """What one step ranked, a list per row, for the search tree that `trace=True` asks for.
+    """What one step ranked, a list per row: what the search tree of `trace=True` is made of.
 
     Of each candidate, best first: its token, the running beam it continues (origins), its summed log-probability, and
     what ends it (None: nothing). chosen: the candidates that run on. pool: the finished pool after the step, as places
@@ -123,8 +123,8 @@ def beam_generate(target: PreTrainedModel, input_ids: Tensor | Sequence[Tensor],
         return search_beams(target, request, ranking(request), num_return_sequences)
 
 
-def check_beams(num_beams: int, num_return_sequences: int, options: dict[str, Any]) -> None:
-    """Raises InputError for what no beam search can do."""
+def check_beams(num_beams: int, num_return_sequences: int, options: dict[str, Any], traces: bool = True) -> None:
+    """Raises InputError for what no beam search can do. traces: whether this one can keep its search tree."""
     if isinstance(num_beams, bool) or not isinstance(num_beams, int) or num_beams < 1:
         raise InputError(f"num_beams is {num_beams!r}: it must be a whole number of at least 1.")
     if not 1 <= num_return_sequences <= num_beams:
@@ -133,6 +133,9 @@ def check_beams(num_beams: int, num_return_sequences: int, options: dict[str, An
     if options.get("streamer") is not None:
         raise InputError("streamer was given to beam search, whose answer is only known at its end: leave it out, or "
                          "stream greedy_generate.")
+    if options.get("trace") and not traces:
+        raise InputError("trace=True keeps the search tree of beam_generate, beam_sample_generate and "
+                         "speculative_beam_generate; this search has none: leave it out.")
 
 
 def ranking(request: Request) -> Ranking:
@@ -152,8 +155,8 @@ def start_beams(num_beams: int) -> Beams:
 
 
 def step(beams: Sequence[Beams], log_probs: Tensor, rule: Ranking, request: Request, live: Sequence[int]
-         ) -> tuple[list[Beams], list[bool], Ranked | None]:
-    """One beam step. Returns the new states, whether each row's search is over, and (for a trace) what was ranked.
+         ) -> tuple[list[Beams], list[bool], Ranked]:
+    """One beam step. Returns the new states, whether each row's search is over, and what was ranked.
 
     log_probs: [rows, beams, vocabulary] fp32, processed. live: the request's row behind each row. Ranking is left to
     torch.topk on the same numbers as in transformers, so that ties end alike; the rest is a few numbers per row.
@@ -163,7 +166,7 @@ def step(beams: Sequence[Beams], log_probs: Tensor, rule: Ranking, request: Requ
     best, index = rule.candidates((log_probs + before[..., None]).flatten(1), rule.keep, live)
     best = best.cpu()
     found = [[divmod(place, vocabulary) for place in row] for row in index.tolist()]  # (origin, token)
-    reasons = [_endings(row, candidates, request, number, log_probs.device)
+    reasons = [endings(row.tokens, candidates, request, number, log_probs.device)
                for row, candidates, number in zip(beams, found, live, strict=True)]
     ended = torch.tensor([[reason is not None for reason in row] for row in reasons])
     # The best candidates that do not end run on.
@@ -181,20 +184,20 @@ def step(beams: Sequence[Beams], log_probs: Tensor, rule: Ranking, request: Requ
     ranked = Ranked(
         [[token for _, token in row] for row in found], [[origin for origin, _ in row] for row in found],
         best.tolist(), reasons, chosen.tolist(), [pool[1] if pool else list(range(width)) for pool in pools],
-        [[one.score for one in row.finished] for row in after]) if request.trace else None
+        [[one.score for one in row.finished] for row in after])
     return after, over, ranked
 
 
-def _endings(row: Beams, candidates: Sequence[tuple[int, int]], request: Request, number: int, device: torch.device
-             ) -> list[str | None]:
-    """What ends each candidate (the beam it continues, its token); None: it runs on."""
-    length = len(row.tokens[0]) + 1
-    full = "length" if length >= request.rows[number].max_new_tokens else None
-    if not request.stopping:
-        return ["eos" if token in request.eos else full for _, token in candidates]
-    return ["eos" if token in request.eos
-            else "stop" if stops(request, number, [*row.tokens[origin], token], device) else full
-            for origin, token in candidates]
+def endings(tokens: Sequence[list[int]], candidates: Sequence[tuple[int, int]], request: Request, number: int,
+            device: torch.device) -> list[str | None]:
+    """What ends each candidate (the beam it continues, its token) of the request's row `number`; None: it runs on.
+    tokens: of the beams."""
+    most = request.rows[number].max_new_tokens
+    reasons: list[str | None] = ["length" if len(tokens[origin]) + 1 >= most else None for origin, _ in candidates]
+    if request.stopping:
+        reasons = ["stop" if stops(request, number, [*tokens[origin], token], device) else reason
+                   for (origin, token), reason in zip(candidates, reasons, strict=True)]
+    return ["eos" if token in request.eos else reason for (_, token), reason in zip(candidates, reasons, strict=True)]
 
 
 def _pool(row: Beams, best: Tensor, ended: Tensor, rule: Ranking) -> tuple[list[float], list[int]] | None:
@@ -238,7 +241,7 @@ def log_probabilities(logits: Tensor, beams: Sequence[Beams], request: Request, 
 
 def search_beams(target: PreTrainedModel, request: Request, rule: Ranking, count: int) -> GenerationOutput:
     """Beam search under this ranking; `count` hypotheses per row."""
-    def advance(beams: list[Beams], logits: Tensor, live: list[int]) -> tuple[list[Beams], list[bool], Ranked | None]:
+    def advance(beams: list[Beams], logits: Tensor, live: list[int]) -> tuple[list[Beams], list[bool], Ranked]:
         return step(beams, log_probabilities(logits, beams, request, live), rule, request, live)
 
     return search(target, request, [start_beams(rule.num_beams) for _ in request.rows], rule.num_beams, advance, count)

@@ -208,7 +208,7 @@ def _check_names(options: dict[str, Any]) -> None:
     for name in options:
         if name == "do_sample":
             raise InputError("do_sample is not an option here: the method says it (greedy_generate, sample_generate, "
-                             "speculative_generate with temperature > 0).")
+                             "beam_sample_generate, speculative_generate with temperature > 0).")
         if name in ("num_beams", "num_return_sequences"):  # beam_generate takes them by name
             if options[name] in (None, 1):
                 continue

@@ -1,11 +1,12 @@
 """Exact speculative beam search: a draft's beams, checked by the target in one forward.
 
 New here; speculation after Leviathan et al. 2023 (arXiv 2211.17192), beams as in beam.py.
-Idea: (1) the draft continues the running beams by its own search, `draft_length` steps deep; (2) one target forward
-scores the beams' last tokens and all of the draft's nodes; (3) the beam steps are replayed with the target's own
-log-probabilities, by the same function as in plain beam search; as long as every surviving beam is a node, its scores
-are at hand and the next step needs no forward. At the first step that leaves the tree, the beams are simply the new
-state: every round commits at least one step, and costs no more forwards than plain search.
+Idea: (1) the draft continues the running beams by its own search, `draft_length` steps deep (or a drafter without a
+model looks up what may follow them); (2) one target forward scores the beams' last tokens and all proposed nodes; (3)
+the beam steps are replayed with the target's own log-probabilities, by the same function as in plain beam search; as
+long as every surviving beam is a node, its scores are at hand and the next step needs no forward. At the first step
+that leaves the tree, the beams are simply the new state: every round commits at least one step, and costs no more
+forwards than plain search.
 Exact: the draft decides what is scored early, never what survives. Hypotheses, order and scores are those of beam.py.
 """
 
@@ -22,59 +23,64 @@ from specbeam.decoding.greedy import greedy_generate
 from specbeam.decoding.request import Request, settle
 from specbeam.decoding.rows import Batch
 from specbeam.drafting import Proposal
-from specbeam.drafting.depth import LONGEST, Depth
+from specbeam.drafting.beam_settings import BeamSettings
+from specbeam.drafting.depth import Depth
 from specbeam.drafting.draft_beams import DraftBeams
+from specbeam.drafting.lookup_beams import LookupBeams
 from specbeam.engine.support import adapt, check_lengths, evaluating
 from specbeam.engine.tree import TokenTree, branches, chain
-from specbeam.errors import InputError
 from specbeam.trace import GenerationOutput, Hypothesis
 
 
 def speculative_beam_generate(
-    target: PreTrainedModel, draft: PreTrainedModel, input_ids: Tensor | Sequence[Tensor],
+    target: PreTrainedModel, draft: PreTrainedModel | None, input_ids: Tensor | Sequence[Tensor],
     attention_mask: Tensor | None = None, *, num_beams: int = 4, num_return_sequences: int = 1,
-    draft_length: int | str = 4, draft_beams: int | None = None, **options,
+    draft_length: int | str = 4, draft_beams: int | None = None, drafter: str = "draft_model", ngram: int = 3,
+    branches: int | None = None, corpus: str | None = None, tree_nodes: int | None = None, **options,
 ) -> GenerationOutput:
     """Beam search by speculation; other arguments and the result as in `beam_generate`.
 
-    draft_length: beam steps that the draft goes ahead per round, or "auto": as many as pay, by measured seconds and
-    survival, down to plain steps. draft_beams: width of the draft's search, at least num_beams
-    (default: num_beams + 2).
+    draft: None for drafters without a model. draft_length: beam steps that the draft goes ahead per round, or "auto":
+    as many as pay, by measured seconds and survival, down to plain steps. draft_beams: width of the draft's search, at
+    least num_beams (default: num_beams + 2). drafter: draft_model, prompt_lookup (`ngram`, `branches`: continuations
+    below each beam, default num_beams), suffix (`corpus`) or token_recycling (`tree_nodes` below all beams of a row,
+    default 8 × num_beams); these options as in `speculative_generate`.
     """
     check_beams(num_beams, num_return_sequences, options)
-    wide = num_beams + 2 if draft_beams is None else draft_beams
-    if isinstance(wide, bool) or not isinstance(wide, int) or wide < num_beams:
-        raise InputError(f"draft_beams is {draft_beams!r} and num_beams {num_beams}: the draft's search must be at "
-                         "least as wide as the target's.")
-    number = isinstance(draft_length, int) and not isinstance(draft_length, bool) and draft_length >= 1
-    if draft_length != "auto" and not number:
-        raise InputError(f"draft_length is {draft_length!r}: it is the number of beam steps drafted per round, at "
-                         "least 1 (beam_generate runs without a draft), or \"auto\".")
+    settings = BeamSettings(num_beams, draft_length, draft_beams, drafter, ngram, branches, corpus, tree_nodes,
+                            options.get("tokenizer"))
+    settings.check(draft)
     if num_beams == 1:
         return greedy_generate(target, input_ids, attention_mask, **options)
     request = settle(target, input_ids, attention_mask, sampled=False, beams=(num_beams, num_return_sequences),
                      **options)
-    with evaluating(target, draft):
-        return _search(target, draft, request, num_return_sequences, draft_length, wide)
+    with evaluating(target, *([] if draft is None else [draft])):
+        return _search(target, draft, request, num_return_sequences, settings)
 
 
 @torch.inference_mode()
-def _search(target: PreTrainedModel, draft: PreTrainedModel, request: Request, num_return_sequences: int,
-            draft_length: int | str, draft_beams: int) -> GenerationOutput:
+def _search(target: PreTrainedModel, draft: PreTrainedModel | None, request: Request, num_return_sequences: int,
+            settings: BeamSettings) -> GenerationOutput:
     adapter, rule = adapt(target), ranking(request)
     prompts = [row.prompt for row in request.rows]
     lengths, room = [len(prompt) for prompt in prompts], [row.max_new_tokens for row in request.rows]
     check_lengths(adapter, lengths, room)
-    adapt(draft)  # a first probe is not part of anyone's prefill
+    if draft is not None:
+        adapt(draft)  # a first probe is not part of anyone's prefill
     batch = Batch(request, target)
-    deepest = LONGEST if isinstance(draft_length, str) else draft_length
-    tree = TokenTree(adapter, len(lengths), max(lengths) + max(room) + (draft_beams + 1) * (deepest + 1))
+    tree = TokenTree(adapter, len(lengths), max(lengths) + max(room) + settings.most_nodes + 2 * rule.num_beams)
     found: list[list[Hypothesis]] = [[] for _ in lengths]
 
     unread = chain(prompts, tree.device)
     logits, nodes = tree.extend(tree.tips([0] * len(lengths)), unread, last_only=True)
-    drafter = DraftBeams(draft, request, rule.num_beams, draft_beams, deepest, logits.shape[-1])
-    depths = Depth(target, draft, draft_length, rule.num_beams, draft_beams, len(lengths))
+    drafter: DraftBeams | LookupBeams
+    if settings.drafter == "draft_model" and draft is not None:
+        drafter = DraftBeams(draft, request, rule.num_beams, settings.width, settings.deepest, logits.shape[-1])
+    else:
+        drafter = LookupBeams(settings, target, request, logits.shape[-1])
+    drafter.observe([prompt[-1:] for prompt in prompts], logits)
+    depths = Depth(target, draft, settings.draft_length, (drafter.name, rule.num_beams, settings.most_nodes),
+                   len(lengths))
     everyone = torch.zeros(len(lengths), rule.num_beams, dtype=torch.long, device=tree.device)
     tips = nodes.pick(everyone + unread.lengths[:, None] - 1)  # the node that each beam's last token hangs below
     logits = logits.expand(-1, rule.num_beams, -1)
@@ -121,14 +127,23 @@ def _search(target: PreTrainedModel, draft: PreTrainedModel, request: Request, n
         drafter.observe([tokens for tokens, _ in trees], logits)
         for i, (row, count) in enumerate(zip(batch.live, steps, strict=True)):
             rounds[row] += [len(batch.rows[row].rounds) + 1] * count
-            batch.round_done(row, start, range(limits[i]), min(count - 1, limits[i]), count,
-                             drafter=drafter.name if limits[i] else "plain", why=depths.why)
+            deep = 0 if proposal is None else _depth(proposal.parents[i])
+            batch.round_done(row, start, range(deep), min(count - 1, deep), count,
+                             drafter=drafter.name if deep else "plain", why=depths.why)
             _finish(batch, beams[i], row, over[i], found, rounds, num_return_sequences)
         if depths.auto:
             end = batch.clock.mark()
             spans = [(start, drafted), (drafted, verified), (start, end)]
             depths.learn(depth, [n for n, done in zip(steps, over, strict=True) if not done],
                          [batch.clock.seconds(*span) for span in spans])
+
+
+def _depth(parents: Sequence[int]) -> int:
+    """Levels of a proposal."""
+    depths: list[int] = []
+    for parent in parents:
+        depths.append(1 if parent < 0 else depths[parent] + 1)
+    return max(depths, default=0)
 
 
 def _finish(batch: Batch, beams: Beams, row: int, over: bool, found: list[list[Hypothesis]],

@@ -14,7 +14,8 @@ from statistics import median
 from typing import Any
 from weakref import WeakKeyDictionary
 
-LONGEST = 6
+from specbeam.drafting.beam_settings import LONGEST
+
 _CLEARLY = 1.03  # a gain below this is noise, and trying is not free
 
 
@@ -35,9 +36,10 @@ _known: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict[tuple, Costs]]] = Wea
 class Depth:
     """Chooses for one batch."""
 
-    def __init__(self, target: Any, draft: Any, length: int | str, num_beams: int, draft_beams: int, rows: int):
+    def __init__(self, target: Any, draft: Any, length: int | str, key: tuple, rows: int):
+        """key: what seconds and survival depend on, beside the models and the number of rows."""
         self.auto, self.fixed, self.why = length == "auto", length, "length"
-        self.models, self.key = (target, draft), (num_beams, draft_beams)
+        self.models, self.key = (target, target if draft is None else draft), key
         self.costs = Costs()
         self.rows(rows)
 

@@ -58,14 +58,23 @@ class PromptLookup:
         trees = []
         for row, (text, index, limit) in enumerate(zip(sequences, self.indices, limits, strict=True)):
             index.extend(text)
-            places = index.find(text)
-            recent = reversed(places[-self.branches * _PLACES:])
-            found = dict.fromkeys(tuple(carry_on(text, place, limit, self.vocabulary)) for place in recent)
-            trees.append(merge(list(found)[: self.branches]))
-            if limit and not places:
+            trees.append(self._below(index, text, limit))
+            if limit and not index.find(text):
                 length.why[row] = "no match"
         return Proposal([t for t, _ in trees], [p for _, p in trees], None, [self.name] * len(trees),
                         list(length.why))
+
+    def branch(self, row: int, known: Sequence[int], texts: Sequence[list[int]], scores: Sequence[float], limit: int
+               ) -> tuple[list[int], list[int]]:
+        """One tree below several texts (beams) that all begin with `known`, which is looked up in: tokens and parents,
+        -1 - i for the i-th text."""
+        self.indices[row].extend(known)
+        return side_by_side([self._below(self.indices[row], text, limit) for text in texts])
+
+    def _below(self, index: Index, text: list[int], limit: int) -> tuple[list[int], list[int]]:
+        recent = reversed(index.find(text)[-self.branches * _PLACES:])
+        found = dict.fromkeys(tuple(carry_on(text, place, limit, self.vocabulary)) for place in recent)
+        return merge(list(found)[: self.branches])
 
     def accept(self, paths: Sequence[Sequence[int]]) -> None:
         """The coming text says it too."""
@@ -98,3 +107,14 @@ def merge(paths: Iterable[Sequence[int]]) -> tuple[list[int], list[int]]:
         for token in path:
             at = nodes.setdefault((at, token), len(nodes))
     return [token for _, token in nodes], [parent for parent, _ in nodes]
+
+
+def side_by_side(trees: Iterable[tuple[list[int], list[int]]]) -> tuple[list[int], list[int]]:
+    """Trees below several texts as one: tokens and parents, -1 - i for the i-th text."""
+    tokens: list[int] = []
+    parents: list[int] = []
+    for number, (ids, above) in enumerate(trees):
+        first = len(tokens)
+        tokens += ids
+        parents += [parent + first if parent >= 0 else -1 - number for parent in above]
+    return tokens, parents

@@ -19,7 +19,7 @@ from specbeam.corpus import read_corpus
 from specbeam.drafting import Proposal, Settings
 from specbeam.drafting.automaton import BORDER, Automaton
 from specbeam.drafting.length import Length
-from specbeam.drafting.prompt_lookup import carry_on
+from specbeam.drafting.prompt_lookup import carry_on, side_by_side
 
 
 def make(settings: Settings, target: Any, draft: Any, request: Any, vocabulary: int) -> Suffix:
@@ -42,14 +42,19 @@ class Row:
             if self.corpus is not None:
                 self.state, self.matched = self.corpus.follow(self.state, self.matched, token)
 
-    def match(self) -> tuple[int, Sequence[int], int]:
-        """How many tokens at the end occurred before, in which text, and the place behind them."""
+    def match(self, beyond: Sequence[int] = ()) -> tuple[int, Sequence[int], int]:
+        """How many tokens at the end occurred before, in which text, and the place behind them. beyond: what comes
+        behind the text and is not to be looked up in."""
         earlier = max(self.own.link[self.own.last], 0)
-        length = self.own.length[earlier]
-        if self.corpus is not None and self.matched > length:
-            place = self.corpus.place[self.state]
+        length, state, matched = self.own.length[earlier], self.state, self.matched
+        for token in beyond:
+            earlier, length = self.own.follow(earlier, length, token)
+            if self.corpus is not None:
+                state, matched = self.corpus.follow(state, matched, token)
+        if self.corpus is not None and matched > length:
+            place = self.corpus.place[state]
             if self.corpus.text[place] != BORDER:
-                return self.matched, self.corpus.text, place
+                return matched, self.corpus.text, place
         return length, self.own.text, self.own.place[earlier]
 
 
@@ -81,6 +86,18 @@ class Suffix:
             tokens.append(found)
         return Proposal(tokens, [list(range(-1, len(ids) - 1)) for ids in tokens], None, [self.name] * len(tokens),
                         list(length.why), [[sure(n)] * len(ids) for n, ids in zip(matched, tokens, strict=True)])
+
+    def branch(self, row: int, known: Sequence[int], texts: Sequence[list[int]], scores: Sequence[float], limit: int
+               ) -> tuple[list[int], list[int]]:
+        """As in prompt_lookup.py."""
+        self.rows[row].extend(known)
+        chains = []
+        for ids in texts:
+            match, text, place = self.rows[row].match(ids[len(known):])
+            text = ids if text is self.rows[row].own.text else text
+            found = carry_on(text, place, min(limit, 2 * match), self.vocabulary)
+            chains.append((found, list(range(-1, len(found) - 1))))
+        return side_by_side(chains)
 
     def accept(self, paths: Sequence[Sequence[int]]) -> None:
         """The coming text says it too."""

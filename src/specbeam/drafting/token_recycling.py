@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from math import log2
+from math import log, log2
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -55,13 +55,20 @@ class TokenRecycling:
         self.tables, self.nodes = tables, nodes
 
     def propose(self, sequences: Sequence[list[int]], limits: Sequence[int], length: Length) -> Proposal:
-        trees = [grow(table, text[-1], limit, self.nodes)
+        trees = [grow(table, [(0.0, text[-1])], limit, self.nodes)
                  for table, text, limit in zip(self.tables, sequences, limits, strict=True)]
         for row, (limit, (tokens, _)) in enumerate(zip(limits, trees, strict=True)):
             if limit and len(tokens) in (0, self.nodes):
                 length.why[row] = "node budget" if tokens else "unknown token"
         return Proposal([t for t, _ in trees], [p for _, p in trees], None, [self.name] * len(trees),
                         list(length.why))
+
+    def branch(self, row: int, known: Sequence[int], texts: Sequence[list[int]], scores: Sequence[float], limit: int
+               ) -> tuple[list[int], list[int]]:
+        """As in prompt_lookup.py; a less probable text costs the bits by which it is so."""
+        costs = [(max(scores) - score) / log(2) for score in scores]
+        return grow(self.tables[row], [(cost, text[-1]) for cost, text in zip(costs, texts, strict=True)], limit,
+                    self.nodes)
 
     def accept(self, paths: Sequence[Sequence[int]]) -> None:
         """The coming text says it too."""
@@ -76,8 +83,9 @@ class TokenRecycling:
         self.tables = [self.tables[row] for row in rows]
 
 
-def grow(table: Table, token: int, limit: int, nodes: int) -> tuple[list[int], list[int]]:
-    """The `nodes` cheapest nodes below `token`, at most `limit` deep: tokens and parents, parents first.
+def grow(table: Table, roots: Sequence[tuple[float, int]], limit: int, nodes: int) -> tuple[list[int], list[int]]:
+    """The `nodes` cheapest nodes below the roots (cost, token), at most `limit` deep: tokens and parents (-1 - i: the
+    i-th root), parents first.
 
     A node costs its own step and all steps above it. Taking one offers its next sibling and its first child."""
     tokens: list[int] = []
@@ -88,7 +96,8 @@ def grow(table: Table, token: int, limit: int, nodes: int) -> tuple[list[int], l
         if depth <= limit and rank < len(table.get(before, ())):
             heapq.heappush(offered, (above + _COSTS[rank], parent, depth, rank, before))
 
-    offer(0.0, -1, 1, 0, token)
+    for number, (above, token) in enumerate(roots):
+        offer(above, -1 - number, 1, 0, token)
     while offered and len(tokens) < nodes:
         cost, parent, depth, rank, before = heapq.heappop(offered)
         tokens.append(table[before][rank])

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from specbeam.decoding import METHODS
+from specbeam.decoding import BEAM_FAMILIES, METHODS
 from specbeam.errors import InputError
 from specbeam.experiment.compose import nearest
 from specbeam.experiment.loaded import Models
@@ -52,7 +52,7 @@ def generate(prompt: str, config: dict[str, Any], console: Console) -> int:
         from specbeam.chat import show_rendered
 
         show_rendered(models.tokenizer, rendered, "what the model reads")
-    if method.method.family == "beam":
+    if method.method.family in BEAM_FAMILIES:
         output = models.generate(method, rendered, [config["seed"]])
         print(models.tokenizer.decode(output.tokens[0], skip_special_tokens=True))
         console.print(
@@ -70,7 +70,7 @@ def generate(prompt: str, config: dict[str, Any], console: Console) -> int:
         output = models.generate(method, rendered, [config["seed"]], streamer=TokenStream(models.tokenizer, console))
     trace, best = output.trace[0], output.hypotheses[0][0]
     line = Text(figures(method, trace, best), style="dim")
-    if method.method.family != "beam" and console.is_terminal:
+    if method.method.family not in BEAM_FAMILIES and console.is_terminal:
         line.append_text(legend(trace.sources))
     if beams := beam_words(output):
         line.append(beams)

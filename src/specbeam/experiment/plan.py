@@ -9,10 +9,11 @@ from functools import cache
 from typing import Any
 
 from specbeam.baselines.openai_server import check_server
-from specbeam.decoding import METHODS, Method, method_family
+from specbeam.decoding import BEAM_FAMILIES, METHODS, SAMPLED_FAMILIES, Method, method_family
 from specbeam.drafting import DRAFTERS, NEEDS_DRAFT, Settings
 from specbeam.errors import InputError
 from specbeam.experiment.compose import nearest
+from specbeam.experiment.plan_beams import BEAM_OPTIONS, DEFAULT_BEAMS, check_beam_options
 from specbeam.experiment.prompts import Prompt, prompts_from_config
 from specbeam.models import check_path
 from specbeam.runners import check_runner
@@ -41,17 +42,15 @@ SAMPLING_OPTIONS = (
     "epsilon_cutoff",
     "eta_cutoff",
 )
-DEFAULT_BEAMS = 4  # of beam_generate
-BEAM_OPTIONS = ("num_beams", "length_penalty", "early_stopping")
 # GenerationConfig names that a method sets itself, or that make no sense here, and what to do instead.
 RESERVED = {
-    "do_sample": "the kind decides whether it samples",
+    "do_sample": "the kind decides whether it samples (beam_sample: beams that do)",
     "max_length": "use max_new_tokens",
     "num_assistant_tokens": "use draft_length",
     "num_assistant_tokens_schedule": "use draft_length, a number or auto",
     "assistant_confidence_threshold": "use confidence_threshold (of kind speculative)",
-    "num_beam_groups": "group beam search is not among the methods",
-    "diversity_penalty": "group beam search is not among the methods",
+    "num_beam_groups": "use kind diverse_beam",
+    "diversity_penalty": "use kind diverse_beam",
     "constraints": "constrained beam search is not among the methods",
     "force_words_ids": "constrained beam search is not among the methods",
     "penalty_alpha": "contrastive search is not among the methods",
@@ -82,6 +81,8 @@ RANGES: dict[str, tuple[type, float, bool, float]] = {
     "min_new_tokens": (int, 0, True, float("inf")),
     "num_beams": (int, 1, True, float("inf")),
     "num_return_sequences": (int, 1, True, float("inf")),
+    "num_beam_groups": (int, 1, True, float("inf")),
+    "diversity_penalty": (float, 0, True, float("inf")),
     "no_repeat_ngram_size": (int, 0, True, float("inf")),
     "top_k": (int, 0, True, float("inf")),
     "temperature": (float, 0, True, float("inf")),
@@ -108,7 +109,7 @@ class PlannedMethod:
 
     @property
     def samples(self) -> bool:
-        return method_family(self.kind, self.options) == "sample"
+        return method_family(self.kind, self.options) in SAMPLED_FAMILIES
 
     @property
     def needs_draft(self) -> bool:
@@ -280,24 +281,11 @@ def plan_method(label: str, settings: Any, max_new_tokens: int) -> PlannedMethod
         check_option_value(place, kind, name, value)
     if kind == "openai_server":
         check_server(place, options)
-    if method.family == "sample" and options.get("temperature") == 0:
+    if method.family in SAMPLED_FAMILIES and options.get("temperature") == 0:
         raise InputError(f"{place}temperature is 0, but {kind} samples: give a number above 0, or use a greedy kind.")
-    beams = options.get("num_beams") or DEFAULT_BEAMS
-    returned = options.get("num_return_sequences") or 1
-    if method.family == "beam" and returned > beams:
-        raise InputError(
-            f"{place}num_return_sequences is {returned}, but num_beams is {beams}: there are only as "
-            "many hypotheses as beams."
-        )
-    if options.get("trace") and beams == 1:
-        raise InputError(f"{place}trace keeps the search tree of beam search, and num_beams is 1: leave it out.")
+    check_beam_options(place, kind, method, options)
     if kind == "speculative":
         check_speculation(place, options)
-    if kind == "speculative_beam" and (options.get("draft_beams") or beams) < beams:
-        raise InputError(
-            f"{place}draft_beams is {options['draft_beams']}, but num_beams is {beams}: the draft's search must be at "
-            "least as wide as the target's."
-        )
     if method.speculates and method_family(kind, options) == "greedy":
         check_greedy(place, options)
     # null says "as the target's own generation_config": the same as leaving it out
@@ -357,16 +345,14 @@ def check_option_name(place: str, kind: str, method: Method, name: str) -> None:
         raise InputError(f"{place}{name} cannot be set: {RESERVED[name]}.")
     if name == "draft_length":
         raise InputError(f"{place}draft_length has no effect: {kind} does not draft.")
-    if name in SAMPLING_OPTIONS and method.family != "sample" and not (
+    if name in SAMPLING_OPTIONS and method.family not in SAMPLED_FAMILIES and not (
         method.speculates and method.family == "greedy"
     ):
-        sampling = ", ".join(other for other, row in METHODS.items() if row.family == "sample")
+        sampling = ", ".join(other for other, row in METHODS.items() if row.family in SAMPLED_FAMILIES)
         raise InputError(f"{place}{name} has no effect: {kind} does not sample; the kinds {sampling} do.")
-    if name in BEAM_OPTIONS and method.family != "beam":
-        beams = ", ".join(other for other, row in METHODS.items() if row.family == "beam")
+    if name in BEAM_OPTIONS and method.family not in BEAM_FAMILIES:
+        beams = ", ".join(other for other, row in METHODS.items() if row.family in BEAM_FAMILIES)
         raise InputError(f"{place}{name} has no effect: {kind} keeps one hypothesis; the kinds {beams} keep more.")
-    if name == "num_return_sequences" and method.family != "beam":
-        raise InputError(f"{place}num_return_sequences has no effect: {kind} gives one answer; use more repeats.")
     if name == "trace":
         traceable = ", ".join(other for other, row in METHODS.items() if "trace" in row.options)
         raise InputError(f"{place}trace has no effect: it keeps the search tree of the kinds {traceable}.")

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from specbeam.decoding import METHODS, method_family
+from specbeam.decoding import BEAM_FAMILIES, METHODS, SAMPLED_FAMILIES, method_family
 from specbeam.metrics.beams import beam_summary
 from specbeam.metrics.exactness import first_difference
 from specbeam.metrics.speed import (
@@ -38,6 +38,9 @@ BASELINES = {
     "greedy": ("greedy", "transformers_greedy"),
     "beam": ("beam", "transformers_beam"),
     "sample": ("sample", "transformers_sample"),
+    "beam_sample": ("beam_sample", "transformers_beam_sample"),
+    "diverse_beam": ("beam", "transformers_beam"),
+    "stochastic_beam": ("beam", "transformers_beam"),
 }
 # Settings that may differ between two methods which must still give the same tokens.
 _SAME_OUTPUT_ANYWAY = {"kind", "num_return_sequences", "temperature", *METHODS["speculative"].options,
@@ -117,7 +120,7 @@ def _figures(
         "bleu": None,
         "perplexity": None,
     }
-    if family == "beam":
+    if family in BEAM_FAMILIES:
         figures |= beam_summary(rows)
     for baseline in compared:
         figures["speedup"][baseline] = {
@@ -313,7 +316,8 @@ def first_answers(rows: Iterable[Row]) -> dict[str, dict[Prompt, Row]]:
 
 def same_output_expected(settings: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Samples differ, and a label with another beam width or penalty does something else: nothing to verify."""
-    if method_family(settings["kind"], dict(settings)) == "sample":
+    family = method_family(settings["kind"], dict(settings))
+    if family in SAMPLED_FAMILIES or family != method_family(other["kind"], dict(other)):
         return False
 
     def relevant(one: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-FAMILIES = {"greedy": "greedy decoding", "sample": "sampling", "beam": "beam search"}
+FAMILIES = {"greedy": "greedy decoding", "sample": "sampling", "beam": "beam search", "beam_sample": "beam sampling",
+            "diverse_beam": "diverse beam search", "stochastic_beam": "stochastic beam search"}
 
 
 def answers(summary: Mapping[str, Any]) -> list[str]:

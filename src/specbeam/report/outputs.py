@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from specbeam.decoding import SAMPLED_FAMILIES
 from specbeam.report.escape import escape, visible
 
 T = TypeVar("T")
@@ -69,8 +70,9 @@ def _prompt_block(prompt_id: str, turn: int, answers: Mapping[str, Mapping[str, 
     groups.sort(key=lambda group: families.index(group[0]["family"]))
     verdict = "".join(f'<span class="{"bad" if count > 1 else "good"}">{escape(family)}: '
                       f'{"same tokens" if count == 1 else f"{count} different outputs"}</span> '
-                      for family in families if (count := sum(group[0]["family"] == family for group in groups))
-                      and family != "sample" and sum(len(g) for g in groups if g[0]["family"] == family) > 1)
+                      for family in families if family not in SAMPLED_FAMILIES
+                      and (count := sum(group[0]["family"] == family for group in groups))
+                      and sum(len(g) for g in groups if g[0]["family"] == family) > 1)
     cells = "".join(_cell(group, groups) for group in groups)
     turn_text = f", turn {turn + 1}" if turn else ""
     head = " ".join(visible(asked).split())
@@ -106,7 +108,7 @@ def _cell(group: Sequence[dict[str, Any]], groups: Sequence[Sequence[dict[str, A
     if not one["ok"]:
         return f'<div class="cell failed"><h4>{names}</h4><p>failed: {escape(one["error"])}</p></div>'
     model = next(other[0] for other in groups if other[0]["family"] == one["family"] and other[0]["ok"])
-    text = _marked(one, model) if model is not one and one["family"] != "sample" else escape(one["text"])
+    text = _marked(one, model) if model is not one and one["family"] not in SAMPLED_FAMILIES else escape(one["text"])
     return (f'<div class="cell"><h4>{names}</h4><p dir="auto">{text}</p>'
             f'<small>{len(one["tokens"])} tokens, ended by {escape(_ENDINGS.get(one["finish"], one["finish"]))}</small>'
             "</div>")
