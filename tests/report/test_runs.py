@@ -15,7 +15,7 @@ from specbeam.errors import InputError
 from specbeam.report.build import page
 from specbeam.report.categories import category_table, speedups_by_category
 from specbeam.report.figures import write_figures
-from specbeam.report.prediction import predicted
+from specbeam.report.prediction import predicted, prediction_section
 from specbeam.report.reporting import report
 from specbeam.report.runs import read_run
 from specbeam.report.side_by_side import names_of, not_comparable
@@ -128,6 +128,18 @@ def test_the_prediction_is_leviathans_formula():
     assert (one["c"], one["v"]) == (pytest.approx(0.1), pytest.approx(1.2))
     assert one["speedup_predicted"] == pytest.approx(length / (4 * 0.1 + 1.2))
     assert one["speedup_measured"] == pytest.approx(2.0)
+
+
+def test_the_forecast_stands_beside_the_measurement_and_a_wrong_count_is_marked():
+    forecast = {"over": "greedy", "draft_length": 4, "speedup": 1.5, "measured_speedup": 1.6, "rounds": 10,
+                "drafted": 40, "accepted": 26, "measured_rounds": 10, "measured_drafted": 40, "measured_accepted": 26,
+                "mean_accepted_length": 3.6, "measured_mean_accepted_length": 3.6}
+    methods = {"greedy": {"kind": "greedy"}, "fast": {"kind": "speculative", "forecast": forecast}}
+    html = prediction_section([], methods)
+    assert '<td>26 of 40</td><td class="good">26 of 40</td>' in html and "<td>-6.2%</td>" in html
+    forecast["measured_accepted"] = 25
+    assert '<td class="bad">25 of 40</td>' in prediction_section([], methods)
+    assert prediction_section([], {"greedy": {"kind": "greedy"}}) == ""
 
 
 def test_figures_for_a_paper_are_written(tmp_path):

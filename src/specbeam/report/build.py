@@ -25,7 +25,7 @@ from specbeam.report.outputs import (
     speculated,
     tokens_data,
 )
-from specbeam.report.prediction import prediction_table
+from specbeam.report.prediction import prediction_section
 from specbeam.report.quality import quality_tables
 from specbeam.report.runs import Run, read_run
 from specbeam.report.side_by_side import names_of, overview
@@ -106,7 +106,7 @@ def _sections(run: Run, number: int, views: dict[str, Any], output_bytes: int) -
         ("categories", "Speed-up by category", category_table(run.rows, methods)),
         ("quality", "Speed and quality", (scatters and f'<div class="pair">{scatters}</div>'
          '<p class="notes">Dots: specbeam’s methods; rings: others’.</p>') + quality_tables(methods)),
-        ("acceptance", "Acceptance", charts.acceptance(methods) + prediction_table(run.rows, methods)),
+        ("acceptance", "Acceptance", charts.acceptance(methods) + prediction_section(run.rows, methods)),
         ("phases", "Time by phase", phases(methods)),
         ("tokens", "Tokens", _tokens(run.traces, number)),
         ("beams", "Beams", _beams(number) if views["beams"]["answers"] else ""),

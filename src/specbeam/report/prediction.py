@@ -49,23 +49,57 @@ def predicted(rows: Sequence[Mapping[str, Any]], methods: Methods) -> dict[str, 
     return found
 
 
-def prediction_table(rows: Sequence[Mapping[str, Any]], methods: Methods) -> str:
-    """Predicted and measured tokens a round and speed-up of every chain; '' without one."""
+def prediction_section(rows: Sequence[Mapping[str, Any]], methods: Methods) -> str:
+    """What was predicted beside what was measured: the run's forecast where there is one, and the formula."""
+    forecast, formula = _forecast_table(methods), _formula_table(rows, methods)
+    if forecast and formula:
+        formula = f"<details><summary>What the formula for equal acceptance says</summary>{formula}</details>"
+    return f"<h3>Prediction and measurement</h3>{forecast}{formula}" if forecast or formula else ""
+
+
+def _forecast_table(methods: Methods) -> str:
+    """`forecast` of summary.json: as `specbeam forecast` predicts, from one teacher-forced pass and step costs."""
+    body = ""
+    for label, figures in methods.items():
+        one = figures.get("forecast")
+        if not isinstance(one, Mapping) or not one.get("speedup"):
+            continue
+        accepted = f"{one['accepted']:,d} of {one['drafted']:,d}"
+        measured = f"{one['measured_accepted']:,d} of {one['measured_drafted']:,d}"
+        body += (f'<tr><th scope="row">{escape(label)}</th><td>{one["draft_length"]}</td>'
+                 f'<td>{accepted}</td><td class="{"good" if accepted == measured else "bad"}">{measured}</td>'
+                 + _pair(one["mean_accepted_length"], one["measured_mean_accepted_length"])
+                 + _pair(one["speedup"], one.get("measured_speedup")) + "</tr>")
+    return body and (_head(("draft length", "accepted tokens: forecast", "measured", "tokens a round: forecast",
+                            "measured", "off by", "× plain: forecast", "measured", "off by"))
+                     + body + "</tbody></table></div>"
+                     '<p class="notes">Forecast: what <code>specbeam forecast</code> says without running the method: '
+                     "accepted tokens by one teacher-forced pass of the draft over the answers, seconds by step costs "
+                     "measured apart.</p>")
+
+
+def _formula_table(rows: Sequence[Mapping[str, Any]], methods: Methods) -> str:
     body = ""
     for label, one in predicted(rows, methods).items():
-        pairs = "".join(
-            f'<td>{one[f"{name}_predicted"]:.2f}</td><td>{one[f"{name}_measured"]:.2f}</td>'
-            f'<td>{one[f"{name}_predicted"] / one[f"{name}_measured"] - 1:+.0%}</td>' for name in ("length", "speedup"))
         body += (f'<tr><th scope="row">{escape(label)}</th><td>{one["draft_length"]:.0f}</td>'
-                 f'<td>{one["alpha"]:.0%}</td><td>{one["c"]:.2f}</td><td>{one["v"]:.2f}</td>{pairs}</tr>')
-    if not body:
-        return ""
-    return ('<h3>Prediction and measurement</h3><div class="wide"><table class="figures"><thead><tr><th></th>'
-            '<th scope="col">draft length γ</th><th scope="col">first proposal accepted, α</th>'
-            '<th scope="col">draft step, c</th><th scope="col">verifying, v</th>'
-            '<th scope="col">tokens a round: predicted</th><th scope="col">measured</th><th scope="col">off by</th>'
-            '<th scope="col">× plain: predicted</th><th scope="col">measured</th><th scope="col">off by</th>'
-            f"</tr></thead><tbody>{body}</tbody></table></div>"
-            '<p class="notes">Predicted: (1 − α^(γ+1)) ÷ (1 − α) tokens a round, and that ÷ (γ·c + v); c and v in '
-            "plain steps, measured in this run (Leviathan et al. 2023). It takes every proposal to be as good as the "
-            "first. Measured × plain: of all tokens together.</p>")
+                 f'<td>{one["alpha"]:.0%}</td><td>{one["c"]:.2f}</td><td>{one["v"]:.2f}</td>'
+                 + "".join(_pair(one[f"{name}_predicted"], one[f"{name}_measured"]) for name in ("length", "speedup"))
+                 + "</tr>")
+    return body and (_head(("draft length γ", "first proposal accepted, α", "draft step, c", "verifying, v",
+                            "tokens a round: predicted", "measured", "off by", "× plain: predicted", "measured",
+                            "off by")) + body + "</tbody></table></div>"
+                     '<p class="notes">Predicted: (1 − α^(γ+1)) ÷ (1 − α) tokens a round, and that ÷ (γ·c + v); c and '
+                     "v in plain steps, measured in this run (Leviathan et al. 2023). It takes every proposal to be as "
+                     "good as the first. Measured × plain: of all tokens together.</p>")
+
+
+def _head(columns: Sequence[str]) -> str:
+    names = "".join(f'<th scope="col">{escape(name)}</th>' for name in columns)
+    return f'<div class="wide"><table class="figures"><thead><tr><th></th>{names}</tr></thead><tbody>'
+
+
+def _pair(predicted: float, measured: float | None) -> str:
+    """Cells: predicted, measured, off by."""
+    if not measured:
+        return f"<td>{predicted:.2f}</td><td>–</td><td>–</td>"
+    return f"<td>{predicted:.2f}</td><td>{measured:.2f}</td><td>{predicted / measured - 1:+.1%}</td>"
