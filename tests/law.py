@@ -1,6 +1,8 @@
 """What a sampled method's answers must be distributed like: the target's own law of the next tokens, by brute force.
 
-A false alarm has probability FALSE_ALARM per comparison; seeds are fixed, so that a test that passed stays so.
+False alarms: of the chi-square check 1e-4 per comparison, and of the total variation less than that (McDiarmid: it
+exceeds its expectation by more than sqrt(ln(1e4) / 2N) that rarely). Seeds are fixed, so that a test that passed stays
+so.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from itertools import product
+from math import log, sqrt
 
 import torch
 import transformers as hf
@@ -53,8 +56,12 @@ def draws(generate: Callable[..., GenerationOutput], prompt: Tensor, steps: int,
 
 
 def same_law(seen: Counter[tuple[int, ...]], expected: dict[tuple[int, ...], float]) -> bool:
-    """Chi-square test at FALSE_ALARM; answers expected less than five times are one class."""
+    """Chi-square test at FALSE_ALARM, answers expected less than five times in one class; and total variation."""
     count = sum(seen.values())
+    distance = sum(abs(seen[answer] / count - p) for answer, p in expected.items()) / 2
+    chance = sum(sqrt(p * (1 - p) / count) for p in expected.values()) / 2
+    if distance > chance + sqrt(log(1 / FALSE_ALARM) / (2 * count)):
+        return False
     if any(expected.get(answer, 0.0) < 1e-12 for answer in seen):
         return False
     often = [answer for answer, p in expected.items() if p * count >= 5]
@@ -63,6 +70,14 @@ def same_law(seen: Counter[tuple[int, ...]], expected: dict[tuple[int, ...], flo
     pairs += [rest] if rest[1] >= 1 else []
     statistic = sum((n - e) ** 2 / e for n, e in pairs)
     return bool(chi2.sf(statistic, len(pairs) - 1) > FALSE_ALARM)
+
+
+def part(answers: dict[tuple[int, ...], float], first: int) -> dict[tuple[int, ...], float]:
+    """The law of the tokens from number `first` on."""
+    found: dict[tuple[int, ...], float] = {}
+    for answer, p in answers.items():
+        found[answer[first:]] = found.get(answer[first:], 0.0) + p
+    return found
 
 
 def all_answers(steps: int) -> list[tuple[int, ...]]:

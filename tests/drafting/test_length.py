@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -116,6 +117,26 @@ def test_a_single_slow_round_is_not_held_against_proposals(target, draft):
     assert chosen.limits([8]) == [8]
 
 
+def test_a_forward_that_was_slow_once_is_no_yardstick(target, draft):
+    chosen = auto(target, draft)
+    plain_rounds(chosen)
+    for slow, per_token in [(90.0, 0.0), (1.4, 0.0), (1.4, 0.1), (1.4, 0.1)]:
+        chosen.round_done(proposal(4), [[0, 1, 2]], [4], [0.4, slow, slow + 0.4], 5)
+        assert chosen.costs.per_token == pytest.approx(per_token)
+
+
+def test_what_seemed_too_dear_is_measured_again_some_day(target, draft):
+    chosen = auto(target, draft)
+    plain_rounds(chosen)
+    chosen.costs.verify[9] += [90.0] * 15
+    for _ in range(3000):
+        if chosen.limits([8])[0] and chosen.proposes([True], [0.9])[0]:
+            return
+        declined = proposal(0) if chosen.why == ["not worth its time"] else None
+        chosen.round_done(replace(declined, forwards=1) if declined else None, [[]], [1], [0.1, 1.0, 1.0], 1)
+    raise AssertionError("never again")
+
+
 def test_plain_rounds_are_measured_again_now_and_then(target, draft):
     chosen = auto(target, draft)
     plain_rounds(chosen)
@@ -138,7 +159,7 @@ def test_auto_stops_where_the_chance_of_the_whole_prefix_is_below_its_cost(targe
     """A token in the target's forward costs 0.25 plain rounds: worth it as long as P(all accepted) is above that."""
     chosen = auto(target, draft)
     plain_rounds(chosen)
-    chosen.costs.verify[5].append(2.0)
+    chosen.costs.verify[5] += [2.0] * 3
     chosen.limits([8])
     assert [chosen.proposes([True], [0.6])[0] for _ in range(4)] == [True, True, False, False]  # 0.6, 0.36, 0.216
     assert chosen.why == ["not worth its time"]
@@ -176,7 +197,7 @@ def test_auto_reads_on_only_when_a_draft_forward_is_worth_its_time(target, draft
 def test_a_column_that_all_rows_pay_for_must_be_worth_it_for_all_together(target, draft):
     chosen = auto(target, draft, rows=4)
     plain_rounds(chosen)
-    chosen.costs.verify[5].append(2.0)  # 0.25 plain rounds a column
+    chosen.costs.verify[5] += [2.0] * 3  # 0.25 plain rounds a column
     chosen.limits([8] * 4)
     assert chosen.proposes([True] * 4, [0.9, 0.0, 0.1, 0.1]) == [True] * 4, "1.1 tokens for one"
     chosen.limits([8] * 4)
@@ -216,7 +237,7 @@ def test_what_was_learned_goes_with_the_draft(target):
 def test_proposals_without_a_model_are_cut_to_what_pays_and_stay_trees(target):
     chosen = Length(Settings(drafter="suffix", draft_length="auto"), target, None, 1)
     plain_rounds(chosen)
-    chosen.costs.verify[5].append(2.0)
+    chosen.costs.verify[5] += [2.0] * 3
     chosen.limits([8])
     tree = Proposal([[5, 6, 7, 8]], [[-1, 0, 1, 0]], None, ["suffix"], [""])
     cut = chosen.trim(tree)
@@ -226,7 +247,7 @@ def test_proposals_without_a_model_are_cut_to_what_pays_and_stay_trees(target):
 def test_a_drawn_proposal_is_never_cut(target, draft):
     chosen = auto(target, draft)
     plain_rounds(chosen)
-    chosen.costs.verify[5].append(9.0)
+    chosen.costs.verify[5] += [9.0] * 3
     chosen.limits([8])
     drawn = Proposal([[5, 6]], [[-1, 0]], torch.ones(1, 2, 9), ["draft_model"], [""])
     assert chosen.trim(drawn) is drawn
@@ -274,7 +295,7 @@ def test_frozen_costs_decide_the_same_every_time(target, draft, tmp_path):
 def test_with_frozen_costs_a_row_decides_as_it_would_alone(target, draft, tmp_path):
     file = str(tmp_path / "costs.json")
     file_of = learned(target, draft)
-    file_of.costs.verify[5].append(1.5)
+    file_of.costs.verify[5] += [1.5] * 3
     write_costs(file, target, draft)
 
     def decisions(confidences):

@@ -36,6 +36,7 @@ _MEMORY = 0.99  # of what was accepted, per round: texts change
 _MOST_CREDIT = 4.0  # plain rounds: what a text that has begun to go badly may cost
 _TRY = 0.25  # credit of a try
 _LONGEST_WAIT = 128
+_ENOUGH = 3  # measurements of longer forwards: the first may be slow
 _CHECK = 64  # rounds with proposals until a plain one is measured again
 UNKNOWN = 0.5  # the confidence of drafters that have none: they are judged by what was accepted so far
 
@@ -97,11 +98,18 @@ class Costs:
 
     @property
     def per_token(self) -> float:
-        """Seconds that one more token of every row adds to the target's forward."""
+        """Seconds that one more token of every row adds to the target's forward; 0 until that is known."""
         few = min(self.verify)
-        first, weight = median(self.verify[few]), sum(len(s) * (new - few) for new, s in self.verify.items())
-        more = sum(len(s) * (median(s) - first) for s in self.verify.values())
-        return max(0.0, more / weight) if weight else 0.0
+        first = median(self.verify[few])
+        each = [(s - first) / (new - few) for new, some in self.verify.items() if new > few for s in some]
+        return max(0.0, median(each)) if len(each) >= _ENOUGH else 0.0
+
+    def forget_one(self) -> None:
+        """The oldest measurement of each longer forward: what no longer seems to pay is measured again some day."""
+        for new in sorted(self.verify)[1:]:
+            self.verify[new].popleft()
+            if not self.verify[new]:
+                del self.verify[new]
 
     def usual(self, forwards: int, new: int) -> float:
         """Seconds of a round with so many draft forwards and new tokens, as they mostly are."""
@@ -130,16 +138,20 @@ class Length:
         self.frozen = read_costs(settings.costs) if settings.costs else None
         self.reach = [1.0] * rows  # P(all proposed so far accepted), of the running round
         self.why = [""] * rows
-        self.costs = self._costs(rows, Costs())
+        self.costs = self._costs(rows)
 
-    def _costs(self, rows: int, first: Costs) -> Costs:
-        """What is known for so many rows; for a new number, what `first` knows, until it is measured."""
+    def _costs(self, rows: int) -> Costs:
+        """What is known for so many rows; for a new number, what the nearest one's longer forwards took."""
         if self.frozen is not None:
             return self.frozen
         known, key = _of_pair(self.settings, *self.models)
         if (*key, rows) not in known:
-            learned = next((costs.learned for other, costs in known.items() if other[:-1] == key), first.learned)
-            known[(*key, rows)] = replace(deepcopy(first), learned=learned)
+            near = min((other for other in known if other[:-1] == key), key=lambda other: abs(other[-1] - rows),
+                       default=None)
+            costs = Costs() if near is None else deepcopy(known[near])
+            costs.plain.clear()  # the yardstick
+            costs.verify.pop(1, None)
+            known[(*key, rows)] = costs if near is None else replace(costs, learned=known[near].learned)
         return known[(*key, rows)]
 
     def limits(self, most: Sequence[int]) -> list[int]:
@@ -149,16 +161,17 @@ class Length:
         if not self.auto:
             return list(most)
         costs, learned = self.costs, self.costs.learned
-        if self.frozen is not None:
-            plainly = "does not pay" if costs.rate < costs.plain_rate else ""
-        elif len(costs.plain) < 2 or costs.unchecked >= _CHECK:  # the yardstick
-            plainly = "measuring plain"
+        if self.frozen is None and (len(costs.plain) < 2 or costs.unchecked >= _CHECK):
+            self.why = ["measuring plain"] * len(most)
+            costs.forget_one()
+        elif learned.left or (self.frozen is not None and costs.rate < costs.plain_rate):
+            self.why = ["does not pay"] * len(most)
+            learned.left = max(learned.left - 1, 0)
+            if self.frozen is None and not learned.left:
+                costs.forget_one()
         else:
-            plainly = "does not pay" if learned.left else ""
-            learned.left -= learned.left > 0
-        if plainly:
-            self.why = [plainly] * len(most)
-        return [0] * len(most) if plainly else list(most)
+            return list(most)
+        return [0] * len(most)
 
     def proposes(self, wanted: Sequence[bool], confidence: Sequence[float]) -> list[bool]:
         """Which of the `wanted` rows propose the token after their prefix, given the draft's largest probability
@@ -255,7 +268,7 @@ class Length:
             learned.paid(tokens - costs.usual(proposal.forwards, new) * costs.plain_rate)
 
     def keep_rows(self, rows: Sequence[int]) -> None:
-        self.costs = self._costs(len(rows), self.costs)
+        self.costs = self._costs(len(rows))
 
 
 _LISTS = ("plain", "round", "tokens", "draft")
