@@ -110,14 +110,7 @@ def test_a_threshold_ends_a_proposal_and_the_trace_says_so():
 # Sampling.
 
 STEPS = 3
-LAWS = {
-    "temperature": ({"temperature": 0.8, "top_k": 0}, [hf.TemperatureLogitsWarper(0.8)]),
-    "top-k": ({"temperature": 1.3, "top_k": 4}, [hf.TemperatureLogitsWarper(1.3), hf.TopKLogitsWarper(4)]),
-    "top-p": ({"temperature": 1.2, "top_k": 0, "top_p": 0.8},
-              [hf.TemperatureLogitsWarper(1.2), hf.TopPLogitsWarper(0.8)]),
-    "repetition penalty": ({"temperature": 1.0, "top_k": 0, "repetition_penalty": 1.7},
-                           [hf.RepetitionPenaltyLogitsProcessor(1.7)]),
-}
+LAWS = {"temperature": ({"temperature": 0.8, "top_k": 0}, [hf.TemperatureLogitsWarper(0.8)])}
 SAMPLED = {
     "branching tree": {"branching": [3, 2, 1]},
     "grown tree": {"tree_nodes": 8, "draft_length": 3},
@@ -147,12 +140,6 @@ def sampled_well(kind: str, count: int, **shape) -> bool:
     """Four tokens: the first comes from prefill, the others from a round or more."""
     generate = partial(speculative_generate, *small(), **shape)
     return same_law(draws(generate, PROMPT, STEPS + 1, count, **LAWS[kind][0]), exact(kind))
-
-
-@pytest.mark.parametrize("kind", LAWS)
-@pytest.mark.parametrize("shape", SAMPLED)
-def test_sampled_answers_are_distributed_like_the_targets(shape, kind):
-    assert sampled_well(kind, 1500 if kind == "repetition penalty" else 3000, **SAMPLED[shape])
 
 
 def test_typical_acceptance_does_not_sample_from_the_target():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 
 import pytest
 import torch
@@ -53,6 +54,39 @@ def test_after_every_token_the_longest_earlier_occurrence_is_known(text):
         assert source == text[:end]
         if length:
             assert place in places(text[:end], text[end - length: end])
+
+
+@given(st.lists(texts, min_size=1, max_size=3))
+def test_a_state_occurs_as_often_as_it_is_counted(corpus):
+    made = automaton(*corpus)
+    counts = made.counts()
+    for state in range(1, len(counts)):
+        part = made.text[made.place[state] - made.length[state]: made.place[state]]
+        assert counts[state] == sum(made.text[at: at + len(part)] == part for at in range(len(made.text)))
+
+
+@given(st.lists(texts, min_size=1, max_size=3), texts, st.integers(1, 6), st.integers(1, 4))
+def test_a_tree_holds_the_most_frequent_continuations_of_the_match_in_the_corpus(corpus, text, nodes, limit):
+    made, row = automaton(*corpus), Row(automaton(*corpus))
+    row.extend(text)
+    tokens, parents = suffix.grow(made, made.counts(), row.state, limit, nodes, 100)
+    match = text[len(text) - row.matched:]
+
+    def often(path: tuple[int, ...]) -> int:
+        whole = [*match, *path]
+        return sum(made.text[at: at + len(whole)] == whole for at in range(len(made.text)))
+
+    paths: list[tuple[int, ...]] = []
+    for token, parent in zip(tokens, parents, strict=True):
+        paths.append((*(paths[parent] if parent >= 0 else ()), token))
+    every = [path for length in range(1, limit + 1) for path in product(range(4), repeat=length) if often(path)]
+    assert len(set(paths)) == len(paths) == min(nodes, len(every))
+    assert sorted(map(often, paths)) == sorted(sorted(map(often, every), reverse=True)[: len(paths)])
+
+
+def test_a_tree_of_the_corpus_is_asked_for_with_a_corpus_only():
+    with pytest.raises(InputError, match="makes a tree of what followed in a corpus, but there is none"):
+        Settings("suffix", tree_nodes=4).check(None)
 
 
 @given(st.lists(texts, min_size=1, max_size=3), texts)

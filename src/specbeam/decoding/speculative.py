@@ -49,7 +49,8 @@ def speculative_generate(target: PreTrainedModel, draft: PreTrainedModel | None,
     "rejection", (chains only) "block", or, LOSSY, "typical".
 
     prompt_lookup: ngram, the longest n-gram looked up, and branches, how many different continuations become a tree.
-    suffix, combined: corpus, a .jsonl file of earlier answers, {"tokens"} or (with `tokenizer`) {"text"} a line.
+    suffix, combined: corpus, a .jsonl file of earlier answers, {"tokens"} or (with `tokenizer`) {"text"} a line; suffix
+    with tree_nodes: a match there becomes a tree of its most frequent continuations.
     combined: min_match, the shortest match that is proposed in place of the draft's tokens. early_exit: exit_layer,
     how many layers draft (default: a third). token_recycling: tree_nodes, its tree's budget (default 16).
 

@@ -75,7 +75,7 @@ NEEDS_DRAFT = ("draft_model",)
 VOCABULARIES = ("same", "tli", "slem", "auto")  # of target and draft (cross_vocabulary.py)
 OPTIONS_OF = {  # options that only some drafters know: with another one they are refused, never ignored
     "branching": ("draft_model", "early_exit", "combined"),
-    "tree_nodes": ("draft_model", "early_exit", "combined", "token_recycling"),
+    "tree_nodes": ("draft_model", "early_exit", "combined", "token_recycling", "suffix"),
     "ngram": ("prompt_lookup",), "branches": ("prompt_lookup",), "corpus": ("suffix", "combined"),
     "exit_layer": ("early_exit",), "min_match": ("combined",), "vocabulary": ("draft_model", "combined"),
 }
@@ -154,6 +154,9 @@ class Settings:
             if getattr(self, name) != getattr(Settings, name) and self.drafter not in drafters:
                 raise InputError(f"{name}={getattr(self, name)!r} does nothing with drafter={self.drafter}: leave it "
                                  f"out, or use drafter={' or '.join(drafters)}.")
+        if self.drafter == "suffix" and self.tree_nodes and self.corpus is None:
+            raise InputError("tree_nodes with drafter=suffix makes a tree of what followed in a corpus, but there is "
+                             "none: give corpus=<file.jsonl>, or leave tree_nodes out.")
         for name in ("ngram", "branches", "min_match"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)!r}: it must be a whole number, at least 1.")
@@ -167,8 +170,8 @@ class Settings:
                              "use vocabulary=tli.")
         if self.acceptance not in ACCEPTANCE:
             raise InputError(f"acceptance is {self.acceptance!r}: it is one of {', '.join(ACCEPTANCE)}.")
-        if self.acceptance == "block" and self.trees:
-            raise InputError("acceptance=block judges chains, but this drafter was asked for a tree: use "
+        if self.acceptance == "block" and (self.trees or (self.drafter == "combined" and draft is None)):
+            raise InputError("acceptance=block judges chains, but this drafter proposes trees: use "
                              "acceptance=rejection.")
         number = isinstance(self.temperature, int | float) and not isinstance(self.temperature, bool)
         if not number or not 0 <= self.temperature < float("inf"):

@@ -49,6 +49,16 @@ class Automaton:
         below = self.step[state].get(token, 0)
         return below, length + 1 if below else 0
 
+    def counts(self) -> list[int]:
+        """How often the parts of each state occur in the text."""
+        found, at = [0] * len(self.length), 0
+        for token in self.text:
+            at = self.step[at][token]
+            found[at] = 1
+        for state in sorted(range(1, len(found)), key=self.length.__getitem__, reverse=True):
+            found[self.link[state]] += found[state]
+        return found
+
     def _state(self, step: dict[int, int], length: int, link: int, place: int) -> int:
         self.step.append(step)
         self.length.append(length)

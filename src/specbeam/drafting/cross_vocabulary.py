@@ -47,6 +47,16 @@ def make(settings: Settings, draft: PreTrainedModel, request: Request, vocabular
     return drafter(both, draft, request, shape, vocabulary)
 
 
+def intersection(both: Pair, draft: PreTrainedModel, vocabulary: int) -> dict[int, int]:
+    """The target's id → the draft's, of tokens that both models have. Raises InputError where there are none."""
+    known = embedding(draft).shape[0]
+    shared = {mine: its for mine, its in both.shared.items() if mine < vocabulary and its < known}
+    if not shared:
+        raise InputError("vocabulary=tli needs tokens that stand for the same text in both vocabularies, and the "
+                         "target's and the draft's have none: use vocabulary=slem, or another draft.")
+    return shared
+
+
 class OtherVocabulary(DraftModel):
     """A draft model that reads the committed text in its own tokens."""
 
@@ -82,11 +92,7 @@ class Intersection(OtherVocabulary):
     """TLI. Proposals, q and what the processors see are in the target's ids."""
 
     def __init__(self, both: Pair, draft: PreTrainedModel, request: Request, shape: Shape, vocabulary: int):
-        known, device = embedding(draft).shape[0], embedding(draft).device
-        shared = {mine: its for mine, its in both.shared.items() if mine < vocabulary and its < known}
-        if not shared:
-            raise InputError("vocabulary=tli needs tokens that stand for the same text in both vocabularies, and the "
-                             "target's and the draft's have none: use vocabulary=slem, or another draft.")
+        shared, device = intersection(both, draft, vocabulary), embedding(draft).device
         self.mine = torch.tensor(list(shared), device=device)
         self.its = torch.tensor(list(shared.values()), device=device)
         self.reading = torch.zeros(vocabulary, dtype=torch.long, device=device).scatter(0, self.mine, self.its)

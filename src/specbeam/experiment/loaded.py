@@ -44,14 +44,24 @@ class Models:
 
     def check(self, methods: Sequence[PlannedMethod]) -> None:
         """Raises InputError for settings that this target cannot serve, whatever the prompt."""
+        from specbeam.engine.runner import embedding
         from specbeam.engine.support import adapt
         from specbeam.experiment.plan import speculation_settings
 
         for method in methods:
             if method.kind != "speculative":
                 continue
-            settings, place = speculation_settings(method.options), f"methods.{method.label}: " if method.label else ""
+            settings = speculation_settings(
+                method.options, tokenizer=self.tokenizer, draft_tokenizer=self.draft_tokenizer
+            )
+            place, vocabulary = f"methods.{method.label}: " if method.label else "", embedding(self.target).shape[0]
             try:
+                settings.check(self.draft)
+                if settings.vocabulary == "tli":
+                    from specbeam.drafting.cross_vocabulary import intersection
+                    from specbeam.spelling import pair
+
+                    intersection(pair(self.tokenizer, self.draft_tokenizer), self.draft, vocabulary)
                 if settings.drafter == "early_exit":
                     from specbeam.drafting.early_exit import exit_early
 
@@ -59,7 +69,6 @@ class Models:
                 if settings.corpus is not None:
                     from specbeam.corpus import read_corpus
 
-                    vocabulary = self.target.config.get_text_config(decoder=True).vocab_size
                     read_corpus(settings.corpus, self.tokenizer, vocabulary)
                 context = adapt(self.target).context
             except InputError as error:
