@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from specbeam.errors import InputError
 
@@ -61,7 +61,7 @@ class Models:
                     from specbeam.drafting.cross_vocabulary import intersection
                     from specbeam.spelling import pair
 
-                    intersection(pair(self.tokenizer, self.draft_tokenizer), self.draft, vocabulary)
+                    intersection(pair(self.tokenizer, self.draft_tokenizer), cast(Any, self.draft), vocabulary)
                 if settings.drafter == "early_exit":
                     from specbeam.drafting.early_exit import exit_early
 
