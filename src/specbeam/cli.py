@@ -1,4 +1,4 @@
-"""The command line: specbeam compare | generate | report | audit.
+"""The command line: specbeam compare | generate | report | audit | models | doctor | completion | lm-eval.
 
 Nothing heavy is imported until a command needs it, so that help is instant. Exit status: 0; 1 when a cell failed;
 2 for input that makes no sense, said in one sentence; 130 when interrupted.
@@ -17,6 +17,7 @@ from specbeam import __version__
 from specbeam.errors import InputError
 
 CONF = Path(__file__).resolve().parent / "conf"
+COMMANDS = ("compare", "generate", "report", "audit", "models", "doctor", "completion", "lm-eval")
 
 USAGE = """\
 specbeam: run, compare and prove LLM decoding methods on Hugging Face models.
@@ -25,6 +26,10 @@ specbeam: run, compare and prove LLM decoding methods on Hugging Face models.
   specbeam generate "prompt" [key=value …]   stream one answer by one method
   specbeam report <run folder> […]           show a run's table and write its report again; several side by side
   specbeam audit [key=value …]               is a speculative method's output the target's own, on your pair?
+  specbeam models                            the presets: size, context, chat template, in the cache or not
+  specbeam doctor                            what works on this machine
+  specbeam completion bash|zsh               shell completion: eval "$(specbeam completion bash)"
+  specbeam lm-eval run --model specbeam …    the lm-evaluation-harness on a method (pip install 'specbeam[lm-eval]')
 
   specbeam <command> --help                  every key and its default
   specbeam --version
@@ -69,7 +74,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; the exit status. One sentence on standard error for an InputError."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     _utf8_output()
-    commands = {"compare": _compare, "generate": _generate, "report": _report, "audit": _audit}
+    commands = dict(zip(COMMANDS, (_compare, _generate, _report, _audit, _models, _doctor, _completion, _lm_eval),
+                        strict=True))
     try:
         if not arguments or arguments[0] in ("-h", "--help", "help"):
             print(USAGE, end="")
@@ -159,6 +165,47 @@ def _report(arguments: list[str]) -> int:
     output = values.get("--output")
     return report([Path(folder) for folder in folders], _console(), values.get("--figures"),
                   Path(output).expanduser() if output else None)
+
+
+def _models(arguments: list[str]) -> int:
+    _no_arguments("models", arguments)
+    from specbeam.doctor import show_models
+
+    show_models()
+    return 0
+
+
+def _doctor(arguments: list[str]) -> int:
+    _no_arguments("doctor", arguments)
+    from specbeam.doctor import doctor
+
+    for line in doctor():
+        print(line, flush=True)
+    return 0
+
+
+def _no_arguments(command: str, arguments: list[str]) -> None:
+    if arguments:
+        raise InputError(f"specbeam {command} takes no arguments, and got {' '.join(arguments)}.")
+
+
+def _completion(arguments: list[str]) -> int:
+    from specbeam.completion import SHELLS, completion
+
+    if len(arguments) != 1:
+        raise InputError(f"specbeam completion needs a shell: specbeam completion {' or '.join(SHELLS)}.")
+    print(completion(arguments[0], COMMANDS), end="")
+    return 0
+
+
+def _lm_eval(arguments: list[str]) -> int:
+    from importlib.util import find_spec
+
+    if find_spec("lm_eval") is None:
+        raise InputError("lm-evaluation-harness is not installed: pip install 'specbeam[lm-eval]'.")
+    from specbeam.lm_eval import main as run
+
+    return run(arguments)
 
 
 def _with_values(arguments: list[str], names: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:
