@@ -115,6 +115,15 @@ class GenerationOutput:
         """New tokens of each row's best hypothesis, EOS included, no padding."""
         return [row[0].tokens for row in self.hypotheses]
 
+    def show(self, tokenizer: Any = None) -> Any:
+        """For a notebook: the answers with coloured tokens, and the tree of a beam search with `trace=True`."""
+        from specbeam.report.notebook import show
+
+        return show(self, tokenizer)
+
+    def _repr_html_(self) -> str:
+        return str(self.show()._repr_html_())
+
 
 _NOTHING = -5.0e8  # a score below: no hypothesis stands there
 
