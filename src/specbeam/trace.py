@@ -6,7 +6,7 @@ Plain numbers only (no tensors), so that a trace can be written to a file as it 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -92,6 +92,11 @@ class SearchTree:
         """A hypothesis, read off the tree."""
         return [self.steps[step].candidates[number].token for step, number in self.path(hypothesis)]
 
+    def by_score(self) -> SearchTree:
+        """The same tree with its hypotheses by score, best first."""
+        return replace(self, ends=tuple(sorted(
+            self.ends, key=lambda end: -(self.steps[end[0]].candidates[end[1]].finished_score or 0.0))))
+
     def path_to(self, step: int, number: int) -> list[tuple[int, int]]:
         """(step, candidate) of a candidate and of all that it continues."""
         found = [(step, number)]
@@ -138,7 +143,8 @@ def search_trees(watched: Sequence[tuple[dict[int, int], Any]], rows: int) -> li
                 rounds.items(), *ranked, strict=True):
             width, now = len(chosen), len(steps[row])
             before = pools[row] or [(-1, -1)] * width
-            pools[row] = [(before + [(now, j) for j in range(len(tokens))])[place] for place in pool]
+            pools[row] = [(-1, -1) if place < 0 else before[place] if place < width else (now, place - width)
+                          for place in pool]
             finished = {j: score for (step, j), score in zip(pools[row], pool_scores, strict=True)
                         if step == now and score > _NOTHING}
             steps[row].append(SearchStep(number, tuple(

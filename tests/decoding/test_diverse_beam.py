@@ -122,7 +122,7 @@ def test_a_penalty_makes_the_groups_differ():
     ({"num_beam_groups": 3}, "num_beam_groups is 3 and num_beams 4: groups are of one size"),
     ({"num_beam_groups": 0}, "num_beam_groups is 0"), ({"num_beam_groups": 2.0}, "num_beam_groups is 2.0"),
     ({"diversity_penalty": -1}, "diversity_penalty is -1"), ({"diversity_penalty": "much"}, "diversity_penalty"),
-    ({"num_return_sequences": 5}, "num_return_sequences is 5 and num_beams 4"), ({"trace": True}, "trace=True keeps"),
+    ({"num_return_sequences": 5}, "num_return_sequences is 5 and num_beams 4"), ({"trace": 2}, "trace is 2"),
     ({"streamer": "any"}, "streamer was given to beam search"),
 ], ids=str)
 def test_what_makes_no_sense_is_refused_in_one_sentence(wrong, sentence):

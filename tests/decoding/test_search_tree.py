@@ -13,14 +13,25 @@ from tiny import EOS, prompts
 
 from specbeam import InputError, beam_generate, greedy_generate, speculative_beam_generate
 from specbeam.decoding import beam as beam_module
+from specbeam.decoding.beam_sample import beam_sample_generate
+from specbeam.decoding.diverse_beam import diverse_beam_generate
+from specbeam.decoding.stochastic_beam import stochastic_beam_generate
 from specbeam.trace import Candidate, GenerationOutput, SearchTree
 
 MANY_ENDS = list(range(40, 60))
 OPTIONS = {"num_beams": 4, "num_return_sequences": 4, "max_new_tokens": 10, "eos_token_id": MANY_ENDS}
 
 
+OTHERS = {"beam_sample": beam_sample_generate, "diverse_beam": diverse_beam_generate,
+          "stochastic_beam": stochastic_beam_generate}
+
+
 def searched(kind: str, rows=ROWS, name: str = "llama", **options) -> GenerationOutput:
     options = OPTIONS | {"trace": True} | options
+    if kind in OTHERS:
+        if kind == "stochastic_beam":
+            options.pop("length_penalty", None)
+        return OTHERS[kind](model(name), rows, **options)
     if kind == "beam":
         return beam_generate(model(name), rows, **options)
     return speculative_beam_generate(model(name), good_draft(name), rows, draft_length=3, **options)
@@ -79,7 +90,7 @@ def test_the_tree_is_that_of_a_search_by_lists(kind, penalty):
         assert [one.tokens for one in found] == [tokens for _, tokens in expected["pool"]]
 
 
-@pytest.mark.parametrize("kind", ["beam", "speculative_beam"])
+@pytest.mark.parametrize("kind", ["beam", "speculative_beam", *OTHERS])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
 def test_every_hypothesis_can_be_read_off_the_tree(kind, name):
     for ends in (MANY_ENDS, [EOS], None):
@@ -138,6 +149,26 @@ def test_without_trace_nothing_is_kept():
 def test_a_method_without_a_tree_refuses_to_trace_one(call):
     with pytest.raises(InputError, match="trace is True: true keeps the search tree of beam search"):
         call(trace=True, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 6, "num_beam_groups": 3}, {"num_beams": 4, "num_beam_groups": 4},
+                                     {"num_beams": 4, "num_beam_groups": 1}], ids=str)
+def test_groups_of_any_size_are_one_tree(options):
+    out = searched("diverse_beam", **{"num_return_sequences": 3, "diversity_penalty": 1.5} | options)
+    assert_reproduced(out)
+    for tree in out.search:
+        scores = [tree.finished(place).finished_score for place in range(len(tree.ends))]
+        assert scores == sorted(scores, reverse=True)
+        survivors = [one.survived_as for one in tree.steps[1].candidates if one.survived_as is not None]
+        assert len(set(survivors)) == len(survivors) > 0 and set(survivors) <= set(range(options["num_beams"]))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_was_drawn_without_replacement_is_in_the_tree_in_the_order_drawn(seed):
+    out = searched("stochastic_beam", seed=seed, top_k=0, eos_token_id=list(range(20, 60)))
+    assert_reproduced(out)
+    for found, tree in zip(out.hypotheses, out.search, strict=True):
+        assert [tree.tokens(place) for place in range(len(tree.ends))] == [one.tokens for one in found]
 
 
 def test_control_a_wrong_origin_is_seen(monkeypatch):

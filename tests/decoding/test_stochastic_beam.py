@@ -180,7 +180,7 @@ def test_rare_answers_weigh_what_they_should():
 @pytest.mark.parametrize("wrong, sentence", [
     ({"length_penalty": 1.0}, "length_penalty has no effect"), ({"early_stopping": True}, "early_stopping has no eff"),
     ({"num_return_sequences": 9}, "num_return_sequences is 9 and num_beams 4"), ({"num_beams": 0}, "num_beams is 0"),
-    ({"trace": True}, "trace=True keeps the search tree of beam_generate"),
+    ({"trace": 2}, "trace is 2"),
 ], ids=str)
 def test_what_makes_no_sense_is_refused_in_one_sentence(wrong, sentence):
     with pytest.raises(InputError, match=sentence) as error:

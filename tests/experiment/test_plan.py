@@ -166,7 +166,7 @@ def test_a_speculative_method_without_a_draft_says_what_can_be_run() -> None:
         ({"kind": "beam_sample", "temperature": 0}, "temperature is 0, but beam_sample samples"),
         ({"kind": "beam_sample", "num_return_sequences": 9}, "num_return_sequences is 9, but num_beams is 4"),
         ({"kind": "stochastic_beam", "length_penalty": 2.0}, "length_penalty has no effect: stochastic_beam draws"),
-        ({"kind": "diverse_beam", "trace": True}, "trace has no effect"),
+        ({"kind": "sample", "trace": True}, "trace has no effect"),
         ({"kind": "speculative_beam", "draft_beams": "wide"}, "draft_beams is 'wide'"),
         ({"kind": "speculative_beam", "temperature": 1.0}, "speculative_beam does not sample"),
         ({"kind": "greedy", "stop_strings": 5}, "stop_strings is 5"),

@@ -82,8 +82,8 @@ class Ranked(NamedTuple):
     """What one step ranked, a list per row: what the search tree of `trace=True` is made of.
 
     Of each candidate, best first: its token, the running beam it continues (origins), its summed log-probability, and
-    what ends it (None: nothing). chosen: the candidates that run on. pool: the finished pool after the step, as places
-    in the pool before it, or num_beams + a candidate; pool_scores: its scores.
+    what ends it (None: nothing). chosen: the candidates that run on, by beam (-1: none). pool: the finished pool after
+    the step, as places in the pool before it, or num_beams + a candidate (-1: empty); pool_scores: its scores.
     """
 
     tokens: list[list[int]]
@@ -123,8 +123,8 @@ def beam_generate(target: PreTrainedModel, input_ids: Tensor | Sequence[Tensor],
         return search_beams(target, request, ranking(request), num_return_sequences)
 
 
-def check_beams(num_beams: int, num_return_sequences: int, options: dict[str, Any], traces: bool = True) -> None:
-    """Raises InputError for what no beam search can do. traces: whether this one can keep its search tree."""
+def check_beams(num_beams: int, num_return_sequences: int, options: dict[str, Any]) -> None:
+    """Raises InputError for what no beam search can do."""
     if isinstance(num_beams, bool) or not isinstance(num_beams, int) or num_beams < 1:
         raise InputError(f"num_beams is {num_beams!r}: it must be a whole number of at least 1.")
     if not 1 <= num_return_sequences <= num_beams:
@@ -133,9 +133,6 @@ def check_beams(num_beams: int, num_return_sequences: int, options: dict[str, An
     if options.get("streamer") is not None:
         raise InputError("streamer was given to beam search, whose answer is only known at its end: leave it out, or "
                          "stream greedy_generate.")
-    if options.get("trace") and not traces:
-        raise InputError("trace=True keeps the search tree of beam_generate, beam_sample_generate and "
-                         "speculative_beam_generate; this search has none: leave it out.")
 
 
 def ranking(request: Request) -> Ranking:

@@ -12,13 +12,13 @@ has finished says nothing any more (there, its padding was penalised).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specbeam.decoding.beam import Beams, check_beams, ranking, search, start_beams, step
+from specbeam.decoding.beam import Beams, Ranked, check_beams, ranking, search, start_beams, step
 from specbeam.decoding.request import settle
 from specbeam.engine.support import evaluating
 from specbeam.errors import InputError
@@ -53,23 +53,24 @@ def diverse_beam_generate(
 ) -> GenerationOutput:
     """Diverse beam search: `num_beam_groups` groups of num_beams / num_beam_groups beams; other arguments and the
     result as in `beam_generate`. diversity_penalty: in log-probability, at least 0."""
-    check_beams(num_beams, num_return_sequences, options, traces=False)
+    check_beams(num_beams, num_return_sequences, options)
     check_groups(num_beams, num_beam_groups, diversity_penalty)
     size = num_beams // num_beam_groups
     # Processors that count on num_beams rows at once see one group.
-    request = settle(target, input_ids, attention_mask, sampled=False, beams=(size, 1), **options)
+    request = settle(target, input_ids, attention_mask, sampled=False, beams=(size, 1), searches=True, **options)
     rule = ranking(request)
 
-    def advance(states: list[Groups], logits: Tensor, live: list[int]) -> tuple[list[Groups], list[bool], None]:
+    def advance(states: list[Groups], logits: Tensor, live: list[int]) -> tuple[list[Groups], list[bool], Ranked]:
         plain = logits.float().log_softmax(-1)
         taken = torch.zeros_like(plain[:, 0])  # [rows, vocabulary], how often at this step
-        after = [Groups([], []) for _ in states]
+        after, seen = [Groups([], []) for _ in states], []
         for group in range(num_beam_groups):
             own = [state.groups[group] for state in states]
             penalised = plain[:, group * size : (group + 1) * size] - diversity_penalty * taken[:, None]
             log_probs = process(penalised, [request.rows[row].processors for row in live],
                                 lambda i, beam: request.rows[live[i]].prompt + own[i].tokens[beam])  # noqa: B023
             stepped, over, ranked = step(own, log_probs, rule, request, live)
+            seen.append(ranked)
             for i, state in enumerate(states):
                 done = state.over[group]
                 after[i].groups.append(own[i] if done else stepped[i])
@@ -79,11 +80,34 @@ def diverse_beam_generate(
                               if why in (None, "length")][:size]
                     for token in tokens:
                         taken[i, token] += 1
-        return after, [all(state.over) for state in after], None
+        return after, [all(state.over) for state in after], _together(seen, [state.over for state in states], size)
 
     start = Groups([start_beams(size)] * num_beam_groups, [False] * num_beam_groups)
     with evaluating(target):
-        return search(target, request, [start] * len(request.rows), num_beams, advance, num_return_sequences)
+        out = search(target, request, [start] * len(request.rows), num_beams, advance, num_return_sequences)
+    return out if out.search is None else replace(out, search=[tree.by_score() for tree in out.search])
+
+
+def _together(groups: Sequence[Ranked], over: Sequence[Sequence[bool]], size: int) -> Ranked:
+    """What all groups of each row have ranked, as of one search; over: [rows][groups], nothing new of these."""
+    whole = Ranked([], [], [], [], [], [], [])
+    for i, done in enumerate(over):
+        for column in whole:
+            column.append([])
+        for group, ranked in enumerate(groups):
+            first, known, width = len(whole.tokens[i]), group * size, len(groups) * size
+            if done[group]:
+                whole.chosen[i] += [-1] * size
+                whole.pool[i] += range(known, known + size)
+            else:
+                whole.tokens[i] += ranked.tokens[i]
+                whole.origins[i] += [known + origin for origin in ranked.origins[i]]
+                whole.scores[i] += ranked.scores[i]
+                whole.reasons[i] += ranked.reasons[i]
+                whole.chosen[i] += [first + j for j in ranked.chosen[i]]
+                whole.pool[i] += [known + j if j < size else width + first + j - size for j in ranked.pool[i]]
+            whole.pool_scores[i] += ranked.pool_scores[i]
+    return whole
 
 
 def check_groups(num_beams: int, num_beam_groups: int, diversity_penalty: float) -> None:

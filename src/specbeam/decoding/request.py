@@ -64,19 +64,20 @@ class Request:
 def settle(
     target: Any, input_ids: Tensor | Sequence[Tensor] | Request, attention_mask: Tensor | None, *,
     sampled: bool, beams: tuple[int, int] = (1, 1), seed: int | Sequence[int] = 0, tokenizer: Any = None,
-    streamer: Any = None, trace: bool = False,
+    streamer: Any = None, trace: bool = False, searches: bool = False,
     logits_processor: LogitsProcessorList | None = None, stopping_criteria: StoppingCriteriaList | None = None,
     prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None = None,
     generation_config: GenerationConfig | None = None, **options: Any,
 ) -> Request:
-    """beams: num_beams and num_return_sequences. A batch that is settled already (transformers.py) stays as it is.
-    Raises InputError, in one sentence, for anything that cannot be honoured."""
+    """beams: num_beams and num_return_sequences. searches: there is a search tree, whatever num_beams. A batch that is
+    settled already (transformers.py) stays as it is. Raises InputError, in one sentence, for anything that cannot be
+    honoured."""
     if isinstance(input_ids, Request):
         return input_ids
     _check_names(options)
     prompts = prompt_rows(input_ids, attention_mask)
     _check_tokens(prompts, embedding(target).shape[0])
-    if trace not in (True, False) or (trace and beams[0] == 1):
+    if trace not in (True, False) or (trace and beams[0] == 1 and not searches):
         raise InputError(f"trace is {trace!r}: true keeps the search tree of beam search with two beams or more; other "
                          "methods have none.")
     if streamer is not None and len(prompts) > 1:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specbeam.decoding.beam import check_beams, endings, search
+from specbeam.decoding.beam import Ranked, check_beams, endings, search
 from specbeam.decoding.request import Request, settle
 from specbeam.engine.support import evaluating
 from specbeam.errors import InputError
@@ -94,14 +94,14 @@ def stochastic_beam_generate(
     otherwise (0 estimates under the model itself). length_penalty and early_stopping have no meaning here.
     """
     returned = num_beams if num_return_sequences is None else num_return_sequences
-    check_beams(num_beams, returned, options, traces=False)
+    check_beams(num_beams, returned, options)
     for name in ("length_penalty", "early_stopping"):
         if options.get(name) is not None:
             raise InputError(f"{name} has no effect on stochastic beam search, which draws by probability: leave it "
                              "out, or use beam_generate.")
-    request = settle(target, input_ids, attention_mask, sampled=True, seed=seed, **options)
+    request = settle(target, input_ids, attention_mask, sampled=True, seed=seed, searches=True, **options)
 
-    def advance(states: list[Draws], logits: Tensor, live: list[int]) -> tuple[list[Draws], list[bool], None]:
+    def advance(states: list[Draws], logits: Tensor, live: list[int]) -> tuple[list[Draws], list[bool], Ranked]:
         scores = process(logits, [request.rows[row].processors for row in live],
                          lambda i, place: request.rows[live[i]].prompt + states[i].tokens[place])
         before = [torch.tensor([getattr(state, name) for state in states], dtype=torch.float64, device=scores.device)
@@ -116,9 +116,12 @@ def stochastic_beam_generate(
         perturbed[~runs] = -torch.inf
         perturbed[..., 0] = torch.where(runs, perturbed[..., 0], before[1])  # an ended answer stays
         values, index = perturbed.flatten(1).topk(min(num_beams + 1, perturbed[0].numel()))
+        found = log_probs.flatten(1).gather(1, index).tolist()
         after = [_kept(*row, request, scores) for row in zip(
-            states, index.tolist(), values.tolist(), log_probs.flatten(1).gather(1, index).tolist(), live, strict=True)]
-        return after, [not any(state.runs()) for state in after], None
+            states, index.tolist(), values.tolist(), found, live, strict=True)]
+        ranked = Ranked(*map(list, zip(*(_ranked(*row, scores.shape[-1]) for row in zip(
+            states, after, index.tolist(), found, strict=True)), strict=True)))
+        return after, [not any(state.runs()) for state in after], ranked
 
     starts = []
     for row in request.rows:
@@ -135,6 +138,27 @@ def conditioned(noisy: Tensor, largest: Tensor) -> Tensor:
     below = noisy - noisy.amax(-1, keepdim=True)
     v = largest - noisy + torch.where(below > -0.693, (-below.expm1()).log(), (-below.exp()).log1p())
     return largest - v.clamp(min=0) - (-v.abs()).exp().log1p()
+
+
+def _ranked(state: Draws, after: Draws, index: list[int], log_probs: list[float], vocabulary: int) -> tuple[list, ...]:
+    """A row's step for the search tree (beam.Ranked): what ran on before, and where it went. A pool place is a place of
+    the search whose answer has ended."""
+    most = len(after.tokens)
+    candidates: list[tuple[int, int, float, str | None]] = []
+    chosen, pool = [-1] * most, [-1] * most
+    for place, (origin, token, score) in enumerate(
+            (*divmod(one, vocabulary), score) for one, score in zip(index, log_probs, strict=True)):
+        why = after.reasons[place] if place < most else None
+        if state.reasons[origin] is None and score > -math.inf:
+            if place < most and why is None:
+                chosen[place] = len(candidates)
+            elif place < most:
+                pool[place] = most + len(candidates)
+            candidates.append((token, origin, score, why))
+        elif place < most and why is not None:
+            pool[place] = origin
+    columns = zip(*candidates, strict=True) if candidates else ((),) * 4
+    return (*map(list, columns), chosen, pool, after.log_probs)
 
 
 def _kept(state: Draws, index: list[int], perturbed: list[float], log_probs: list[float], number: int,
