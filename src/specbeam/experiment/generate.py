@@ -72,7 +72,7 @@ def generate(prompt: str, config: dict[str, Any], console: Console) -> int:
     line = Text(figures(method, trace, best), style="dim")
     if method.method.family not in BEAM_FAMILIES and console.is_terminal:
         line.append_text(legend(trace.sources))
-    if beams := beam_words(output):
+    if method.method.family != "stochastic_beam" and (beams := beam_words(output)):  # whose draws come by chance
         line.append(beams)
     console.print(line, highlight=False, soft_wrap=True)
     return 0
