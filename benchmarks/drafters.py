@@ -3,10 +3,12 @@
     specbeam compare experiment=speculation prompt_set.path=question.jsonl prompt_set.per_category=5 output_dir=RUN
     python benchmarks/drafters.py RUN [RUN …] > docs/drafters.md
 
-Speed-up: decode seconds a token of plain greedy decoding over the method's, in the same run. Predicted, for chains of
-one length at batch 1: the tokens a round that acceptance α (each proposal accepted with the same probability, given
-those before it) gives at draft length γ, (1 - α^(γ+1)) / (1 - α), over what a round costs in plain steps, by the run's
-own seconds.
+Speed-up: decode seconds a token of plain greedy decoding over the method's, in the same run. Predicted: the tokens a
+round that acceptance α (each depth accepted with the same probability, given those before it) gives at draft length γ,
+(1 - α^(γ+1)) / (1 - α), over what drafting and verifying cost in plain steps, by the run's own seconds (DESIGN §7). For
+chains of one length at batch 1 that is the formula as it stands. ≈ marks an estimate: γ is then the mean depth of what
+was proposed (trees, adaptive lengths, look-ups), and in a batch, which runs until its longest answer ends, all rows are
+taken to accept alike.
 """
 
 from __future__ import annotations
@@ -33,30 +35,31 @@ def seconds_per_token(rows: list[dict[str, Any]]) -> float:
 
 
 def predicted(rows: list[dict[str, Any]], plain: list[dict[str, Any]]) -> float | None:
-    """Speed-up by the formula, for chains: α from the acceptance by position, costs from the run's seconds."""
-    offered = accepted = 0
+    """Speed-up by the formula; α from the acceptance by depth, costs from the run's seconds."""
+    offered = accepted = depth = 0
     for row in rows:
         reached = row["rounds"]
         for tried, kept in row["accepted_by_position"]:
-            offered, accepted = offered + min(tried, reached), accepted + kept
+            offered, accepted, depth = offered + min(tried, reached), accepted + kept, depth + tried
             reached = kept
     rounds = sum(row["rounds"] for row in rows)
-    drafted = sum(row["drafted"] for row in rows)
-    if not offered or not rounds:
+    if not rounds:
         return None
-    alpha, gamma = accepted / offered, drafted / rounds
+    alpha, gamma = accepted / offered if offered else 0.0, depth / rounds
     tokens = 1 + gamma if alpha >= 1 else (1 - alpha ** (gamma + 1)) / (1 - alpha)
-    batches = {row["batch_id"]: (row["decode_seconds"], row["rounds"]) for row in rows}
-    longest: dict[str, int] = defaultdict(int)
+    return tokens * seconds_a_round(plain) / seconds_a_round(rows)
+
+
+def seconds_a_round(rows: list[dict[str, Any]]) -> float:
+    """Of drafting and of the target's forward, where they are known apart from the rest; a batch has as many rounds as
+    its longest row."""
+    seconds: dict[str, float] = {}
+    rounds: dict[str, int] = defaultdict(int)
     for row in rows:
-        longest[row["batch_id"]] = max(longest[row["batch_id"]], row["rounds"])
-    steps: dict[str, int] = defaultdict(int)
-    for row in plain:
-        steps[row["batch_id"]] = max(steps[row["batch_id"]], row["rounds"])
-    seconds = {row["batch_id"]: row["decode_seconds"] for row in plain}
-    a_round = sum(s for s, _ in batches.values()) / sum(longest.values())
-    a_step = sum(seconds.values()) / sum(steps.values())
-    return tokens * a_step / a_round
+        forwards = row["verify_seconds"]
+        seconds[row["batch_id"]] = row["decode_seconds"] if forwards is None else forwards + (row["draft_seconds"] or 0)
+        rounds[row["batch_id"]] = max(rounds[row["batch_id"]], row["rounds"])
+    return sum(seconds.values()) / sum(rounds.values())
 
 
 def table(folder: Path) -> str:
@@ -78,12 +81,12 @@ def table(folder: Path) -> str:
             continue
         cells = [f"{seconds_per_token(by['greedy'][g]) / seconds_per_token(found[g]):.2f}" if found.get(g) else "–"
                  for g in groups]
-        fixed = batch == 1 and (method.removeprefix("draft_").isdigit() or method == "transformers_assisted")
-        guess = predicted(found["all"], by["greedy"]["all"]) if fixed else None
+        as_it_stands = batch == 1 and (method.removeprefix("draft_").isdigit() or method == "transformers_assisted")
+        guess = None if method == "transformers_greedy" else predicted(found["all"], by["greedy"]["all"])
+        said = "–" if guess is None else f"{'' if as_it_stands else '≈ '}{guess:.2f}"
         rounds = sum(row["rounds"] for row in found["all"])
         length = sum(row["new_tokens"] - row["first_tokens"] for row in found["all"]) / max(rounds, 1)
-        lines.append(f"| {method} | " + " | ".join(cells) + f" | {'–' if guess is None else f'{guess:.2f}'} | "
-                     f"{length:.2f} |")
+        lines.append(f"| {method} | " + " | ".join(cells) + f" | {said} | {length:.2f} |")
     return "\n".join(lines) + "\n"
 
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from specbeam import acceptance, cli
 from specbeam.audit import FALSE_ALARM, audit, audit_sampling, audit_tokens, chi_square, exact_distribution
 from specbeam.drafting.draft_model import DraftModel
+from specbeam.sampling import draw
 
 ROWS = prompts((5, 12, 3))
 KINDS = {
@@ -37,6 +38,9 @@ SAMPLED = {
 }
 
 
+PROMPTS = [torch.tensor([3, 4, 5]), torch.tensor([1, 7])]
+
+
 def tokens_of(settings, target: PreTrainedModel | None = None, draft: PreTrainedModel | None = None):
     return audit_tokens("it", settings | {"max_new_tokens": 20}, target or model("llama"), draft or good_draft("llama"),
                         ROWS)
@@ -45,7 +49,7 @@ def tokens_of(settings, target: PreTrainedModel | None = None, draft: PreTrained
 def draws_of(settings, draws: int = 2000):
     """With a draft that is accepted about half of the time."""
     target = small_target()
-    return audit_sampling("it", settings, target, tiny_draft(target, 0.1), torch.tensor([3, 4, 5]), draws, seed=0)
+    return audit_sampling("it", settings, target, tiny_draft(target, 0.1), PROMPTS, draws, seed=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -59,7 +63,9 @@ def test_nothing_is_found_on_a_good_pair(kind):
 def test_nothing_is_found_in_honest_draws(kind):
     found = draws_of(SAMPLED[kind])
     assert found.verdict == "same", found.detail
-    assert found.detail.startswith("2000 draws of 3 tokens: total variation 0.0")
+    assert " draws of 4 tokens after 2 prompts, " in found.detail
+    distance, chance = (float(found.detail.split(said)[1][:5]) for said in ("variation ", "alone about "))
+    assert distance < 1.2 * chance and "weak" not in found.detail
 
 
 # Greedy and beams: planted faults.
@@ -129,6 +135,32 @@ def test_the_other_of_two_tokens_with_equal_logits_is_a_near_tie_and_called_so(m
         assert "differ by 0 there" in found.detail and found.detail.startswith("3 of 3 answers; prompt 0, new token ")
 
 
+@pytest.mark.parametrize("preferred, verdict", [(1e-6, "near-ties"), (0.5, "different")])
+def test_beams_that_took_another_of_two_equal_ways_are_a_near_tie_and_called_so(monkeypatch, twins, preferred, verdict):
+    """Every token of 50 to 94 is scored so much above its twin; the plain search takes the twin."""
+    from specbeam.decoding import speculative_beam
+
+    honest = speculative_beam.log_probabilities
+
+    def biased(logits, *args):
+        scores = honest(logits, *args)
+        scores[..., 50:95] += preferred
+        return scores
+
+    monkeypatch.setattr(speculative_beam, "log_probabilities", biased)
+    found = tokens_of(KINDS["beam"] | {"eos_token_id": None}, twins, twins)
+    assert found.verdict == verdict
+    assert "the scores of the beams that run on differ by " in found.detail
+    if verdict == "near-ties":
+        assert float(found.detail.rpartition(" ")[2]) < 1e-4
+
+
+def test_in_bf16_real_beams_part_at_near_ties_at_most():
+    target = copy.deepcopy(model("llama")).to(torch.bfloat16)
+    found = tokens_of(KINDS["beam"], target, copy.deepcopy(good_draft("llama")).to(torch.bfloat16))
+    assert found.verdict in ("same", "near-ties") and found.dtype == "bfloat16"
+
+
 # Sampling: planted faults.
 
 def test_a_draft_that_misreports_what_it_drew_from_is_a_real_difference(monkeypatch):
@@ -145,6 +177,32 @@ def test_a_draft_that_misreports_what_it_drew_from_is_a_real_difference(monkeypa
         assert found.verdict == "different", (kind, found.detail)
 
 
+def test_a_draft_that_is_rarely_right_is_given_more_draws():
+    """And its faults are seen: a correction from the target's distribution in place of the residual."""
+    target = small_target()
+    far = small_target(seed=7)
+
+    def found(draws):
+        return audit_sampling("it", SAMPLED["chain"], target, far, PROMPTS, draws, seed=0)
+
+    honest = found(1000)
+    assert honest.verdict == "same" and int(honest.detail.split()[0]) > 1200, honest.detail
+    assert found(20).detail.endswith("a weak test, give more draws")
+
+
+def test_a_correction_from_the_target_in_place_of_the_residual_is_a_real_difference(monkeypatch):
+    honest = acceptance.rejection_sample
+
+    def wrong(proposed, p, q, lengths, uniform):
+        accepted, _ = honest(proposed, p, q, lengths, uniform)
+        return accepted, draw(p[torch.arange(len(p)), accepted], uniform.gather(1, lengths[:, None]).squeeze(1))
+
+    monkeypatch.setattr(acceptance, "rejection_sample", wrong)
+    target = small_target()
+    found = audit_sampling("it", SAMPLED["chain"], target, small_target(seed=7), PROMPTS, 1000, seed=0)
+    assert found.verdict == "different", found.detail
+
+
 def test_typical_acceptance_is_a_real_difference():
     assert draws_of({"kind": "speculative", "temperature": 1.5, "acceptance": "typical"}, 3000).verdict == "different"
 
@@ -158,7 +216,7 @@ def test_a_token_that_cannot_be_drawn_is_a_real_difference(monkeypatch):
 
     monkeypatch.setattr(acceptance, "rejection_sample", mistaken)
     found = draws_of(SAMPLED["chain"], 100)
-    assert (found.verdict, found.detail) == ("different", "100 of 100 answers have probability 0")
+    assert found.verdict == "different" and found.detail.endswith(" answers have probability 0")
 
 
 def test_the_exact_distribution_is_that_of_plain_forwards():

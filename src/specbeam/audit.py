@@ -1,9 +1,10 @@
 """`specbeam audit`: does a speculative method give the target's own output, on a user's own pair?
 
-Greedy and beams: token for token against the plain method in the same dtype. Where they first differ, the target's
-logits say why: two tokens whose logits lie closer than rounding are a near-tie (the kernels for one token and for
-several round differently, in bf16 visibly), anything else is a real difference. Sampling: draws of the first three
-new tokens against their exact distribution, computed by plain forwards over all that can be drawn.
+Greedy and beams: token for token against the plain method in the same dtype. Where they first differ, the target
+says why: two tokens whose logits lie closer than rounding are a near-tie (the kernels for one token and for several
+round differently, in bf16 visibly), anything else is a real difference. Of beams that is the first step after which
+other beams run on, and the scores of the two that took each other's place, by a plain forward of each. Sampling: draws
+of the first four new tokens against their exact distribution, computed by plain forwards over all that can be drawn.
 """
 
 from __future__ import annotations
@@ -19,11 +20,15 @@ from torch import Tensor
 from specbeam.decoding import METHODS, method_family
 from specbeam.decoding.request import settle
 from specbeam.sampling import process
+from specbeam.trace import SearchTree
 
 # A false alarm of the sampling test: one in a hundred thousand audits.
 FALSE_ALARM = 1e-5
 _KEPT = 4  # tokens that sampling may choose from at each step (top_k), so that all outcomes can be counted
-_STEPS = 3
+_STEPS = 4  # the first comes from prefill, then two proposals and what follows them
+_MOST_DRAWS = 5  # times `draws`, where the draft is rarely right and acceptance would hardly be tried
+_PILOT = 100  # draws that only count what is accepted
+_PROMPTS = 3  # to draw after
 _OF_DRAFTS = ("draft_tokenizer", "temperature")  # no options of the plain greedy and beam methods
 # Logits closer than this part of the largest one are equal up to rounding of the dtype.
 _ROUNDING = {torch.float32: 2e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}
@@ -46,49 +51,119 @@ def audit_tokens(label: str, settings: dict[str, Any], target: Any, draft: Any, 
     plain_kind = "beam" if METHODS[kind].family == "beam" else "greedy"
     own = (*METHODS[kind].options, *_OF_DRAFTS)
     shared = {name: value for name, value in settings.items() if name not in own}
+    watched = {"trace": True} if plain_kind == "beam" and settings.get("num_beams", 2) > 1 else {}
     ties: list[str] = []
     for number, prompt in enumerate(prompts):
-        plain = METHODS[plain_kind].load()(target, [prompt], **shared).tokens[0]
-        mine = METHODS[kind].load()(target, draft, [prompt], **settings).tokens[0]
+        theirs = METHODS[plain_kind].load()(target, [prompt], **shared, **watched)
+        ours = METHODS[kind].load()(target, draft, [prompt], **settings, **watched)
+        plain, mine = theirs.tokens[0], ours.tokens[0]
         if mine == plain:
             continue
-        place = next((i for i, (a, b) in enumerate(zip(mine, plain, strict=False)) if a != b),
-                     min(len(mine), len(plain)))
-        gap, size = _gap(target, [*prompt.tolist(), *plain[:place]], _at(plain, place), _at(mine, place))
-        sentence = f"prompt {number}, new token {place}: the target's logits differ by {gap:.3g} there"
-        if plain_kind == "greedy" and gap > _ROUNDING[target.dtype] * size:
+        if theirs.search is None:
+            place = next((i for i, (a, b) in enumerate(zip(mine, plain, strict=False)) if a != b),
+                         min(len(mine), len(plain)))
+            gap, size = _gap(target, [*prompt.tolist(), *plain[:place]], _at(plain, place), _at(mine, place))
+            sentence = f"prompt {number}, new token {place}: the target's logits differ by {gap:.3g} there"
+        else:
+            place, paths = _parting(theirs.search[0], ours.search[0])
+            gap, size = _beam_gap(target, prompt, paths or ([plain], [mine]), shared)
+            where = f"step {place}: the scores of the beams that run on" if paths else "the scores of the best answers"
+            sentence = f"prompt {number}, {where} differ by {gap:.3g}"
+        if gap > _ROUNDING[target.dtype] * size:
             return Finding(label, _name(target), "different", sentence)
         ties.append(sentence)
-    if plain_kind == "beam" and ties and target.dtype == torch.float32:
-        return Finding(label, _name(target), "different", ties[0])
     if ties:
         return Finding(label, _name(target), "near-ties", f"{len(ties)} of {len(prompts)} answers; {ties[0]}")
     return Finding(label, _name(target), "same", f"all {len(prompts)} answers token for token")
 
 
-def audit_sampling(label: str, settings: dict[str, Any], target: Any, draft: Any, prompt: Tensor, draws: int,
+Paths = list[list[int]]
+
+
+def _parting(plain: SearchTree, mine: SearchTree) -> tuple[int, tuple[Paths, Paths] | None]:
+    """The first step after which other beams run on: what only the plain search kept, and what only the other one
+    did; None where there is no such step."""
+    def kept(tree: SearchTree, step: int) -> set[tuple[int, ...]]:
+        return {tuple(tree.steps[s].candidates[n].token for s, n in tree.path_to(step, number))
+                for number, one in enumerate(tree.steps[step].candidates)
+                if one.survived_as is not None or one.finished_score is not None}
+
+    for step in range(min(len(plain.steps), len(mine.steps))):
+        a, b = kept(plain, step), kept(mine, step)
+        if a != b:
+            return step, (sorted(map(list, a - b)), sorted(map(list, b - a)))
+    return len(plain.steps), None
+
+
+def _beam_gap(target: Any, prompt: Tensor, paths: tuple[Paths, Paths], options: dict[str, Any]) -> tuple[float, float]:
+    """How far the best of the one lies above the worst of the other in summed log-probability (of answers that ended:
+    under the length penalty), and the target's largest logit in size times the square root of the steps."""
+    if not all(paths):
+        return float("inf"), 1.0
+    plain = {name: value for name, value in options.items() if name not in ("num_beams", "num_return_sequences")}
+    request = settle(target, [prompt], None, sampled=False, **plain)
+    scores: list[list[float]] = [[], []]
+    size, penalty = 0.0, float(request.config.length_penalty or 0.0)
+    ended = len({len(tokens) for side in paths for tokens in side}) > 1
+    for side, found in zip(paths, scores, strict=True):
+        for tokens in side:
+            text = [*prompt.tolist(), *tokens]
+            with torch.inference_mode():
+                logits = target(input_ids=torch.tensor([text], device=target.device), use_cache=False).logits
+            logits = logits[:, len(prompt) - 1: -1].float()
+            logs = process(logits.log_softmax(-1), [request.rows[0].processors],
+                           lambda _, node, text=text: text[: len(prompt) + node])[0]
+            score = sum(float(logs[place, token]) for place, token in enumerate(tokens))
+            found.append(score / len(tokens) ** penalty if ended else score)
+            size = max(size, float(logits.abs().max()) * len(tokens) ** 0.5)
+    return max(max(scores[0]) - min(scores[1]), max(scores[1]) - min(scores[0])), size
+
+
+def audit_sampling(label: str, settings: dict[str, Any], target: Any, draft: Any, prompts: Sequence[Tensor], draws: int,
                    seed: int) -> Finding:
-    """Sampling: the first tokens of `draws` answers against their exact distribution (chi-square)."""
+    """Sampling: the first tokens of `draws` answers or more against their exact distribution (chi-square).
+
+    A few prompts share them. A fault shows where proposals are judged: if the draft is rarely right, there are up to
+    five times as many (a pilot, which does not count, says how many).
+    """
     settings = {**settings, "top_k": _KEPT, "eos_token_id": [], "max_new_tokens": _STEPS}
     kind = settings.pop("kind")
     own = (*METHODS[kind].options, "draft_tokenizer")
-    exact = exact_distribution(target, prompt, {k: v for k, v in settings.items() if k not in own})
+    prompts = prompts[:_PROMPTS]
+    exact = {(number, *outcome): chance / len(prompts) for number, prompt in enumerate(prompts)
+             for outcome, chance in exact_distribution(target, prompt, {
+                 name: value for name, value in settings.items() if name not in own}).items()}
+
+    def draw(first: int, count: int) -> tuple[list[tuple[int, ...]], int, int]:
+        """Outcomes, and how many proposals were accepted and made."""
+        numbers = [n % len(prompts) for n in range(first, first + count)]
+        out = METHODS[kind].load()(target, draft, [prompts[n] for n in numbers], seed=seed + first, **settings)
+        rounds = [one for row in out.trace for one in row.rounds]
+        return ([(n, *tokens) for n, tokens in zip(numbers, out.tokens, strict=True)],
+                sum(one.accepted for one in rounds), sum(one.drafted for one in rounds))
+
+    _, right, made = draw(draws * _MOST_DRAWS + len(prompts), _PILOT)
+    more = min(max(1.0, 0.4 * made / max(right, 1)), _MOST_DRAWS)
+    count = -int(-draws * more // len(prompts)) * len(prompts)  # as many of each prompt
     counts: dict[tuple[int, ...], int] = dict.fromkeys(exact, 0)
-    outside = 0
-    rows = 50
-    for first in range(0, draws, rows):
-        out = METHODS[kind].load()(target, draft, [prompt] * min(rows, draws - first), seed=seed + first, **settings)
-        for tokens in out.tokens:
-            outcome = tuple(tokens)
+    outside = accepted = proposed = 0
+    for first in range(0, count, 48):
+        outcomes, right, made = draw(first, min(48, count - first))
+        accepted, proposed = accepted + right, proposed + made
+        for outcome in outcomes:
             if outcome in counts:
                 counts[outcome] += 1
             else:
                 outside += 1
     if outside:
-        return Finding(label, _name(target), "different", f"{outside} of {draws} answers have probability 0")
+        return Finding(label, _name(target), "different", f"{outside} of {count} answers have probability 0")
     p_value, distance = chi_square([counts[o] for o in exact], list(exact.values()))
-    sentence = f"{draws} draws of {_STEPS} tokens: total variation {distance:.3f}, p = {p_value:.2g}"
-    sentence += "; a weak test, give draws=2000 or more" if draws < 1000 else ""
+    chance = sum((2 / torch.pi * p * (1 - p) / count) ** 0.5 for p in exact.values()) / 2
+    sentence = (f"{count} draws of {_STEPS} tokens after {len(prompts)} prompt{'s' * (len(prompts) > 1)}, "
+                f"{accepted} of {proposed} proposals accepted: total variation {distance:.3f} (by chance alone about "
+                f"{chance:.3f}), p = {p_value:.2g}")
+    if count < 1000 or accepted < 200:
+        sentence += "; a weak test, give more draws" + " or a better draft" * (count >= 1000)
     return Finding(label, _name(target), "same" if p_value > FALSE_ALARM else "different", sentence)
 
 
@@ -148,7 +223,7 @@ def audit(methods: dict[str, dict[str, Any]], dtypes: Sequence[str], load: Calla
             if method_family(settings["kind"], settings) != "sample":
                 findings.append(audit_tokens(label, settings, models.target, models.draft, prompts))
             elif models.target.dtype == torch.float32:  # the rounding of others is no property of the method
-                findings.append(audit_sampling(label, settings, models.target, models.draft, prompts[0],
+                findings.append(audit_sampling(label, settings, models.target, models.draft, prompts,
                                                config["draws"], config["seed"]))
             else:
                 continue

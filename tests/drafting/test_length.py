@@ -109,6 +109,17 @@ def test_what_never_pays_costs_a_few_rounds_and_then_at_most_two_in_a_hundred(ta
     assert lost[0] < 15 and lost[1] < 0.02 * 3000
 
 
+def test_looking_up_in_vain_is_given_up_too(target):
+    chosen = Length(Settings(drafter="suffix", draft_length="auto"), target, None, 1)
+    plain_rounds(chosen)
+    nothing = Proposal([[]], [[]], None, ["suffix"], [""], [[]])
+    rounds = 0
+    while chosen.limits([8])[0] or chosen.why == ["measuring plain"]:
+        rounds += 1
+        chosen.round_done(None if chosen.why == ["measuring plain"] else nothing, [[]], [1], [0.02, 1.0, 1.0], 1)
+    assert chosen.why == ["does not pay"] and 150 < rounds < 250, "two hundredths a round, of a credit of four"
+
+
 def test_a_single_slow_round_is_not_held_against_proposals(target, draft):
     chosen = auto(target, draft)
     plain_rounds(chosen)

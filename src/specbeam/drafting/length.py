@@ -82,7 +82,7 @@ class Costs:
     plain: deque[float] = field(default_factory=_recent)  # seconds of a round without proposals
     round: deque[float] = field(default_factory=_recent)  # of one with
     tokens: deque[float] = field(default_factory=_recent)  # committed per row in one with
-    draft: deque[float] = field(default_factory=_recent)  # seconds per draft forward
+    draft: deque[float] = field(default_factory=_recent)  # seconds per draft forward, or of looking up
     verify: defaultdict[int, deque[float]] = field(default_factory=lambda: defaultdict(_recent))  # by new tokens
     learned: Learned = field(default_factory=Learned)
     unchecked: int = 0  # rounds with proposals since the last without
@@ -111,9 +111,9 @@ class Costs:
             if not self.verify[new]:
                 del self.verify[new]
 
-    def usual(self, forwards: int, new: int) -> float:
-        """Seconds of a round with so many draft forwards and new tokens, as they mostly are."""
-        draft = forwards * median(self.draft) if forwards else 0.0
+    def usual(self, steps: int, new: int) -> float:
+        """Seconds of a round with so many draft steps and new tokens, as they mostly are."""
+        draft = steps * median(self.draft) if steps else 0.0
         return median(self.plain) + draft + median(self.verify[new]) - median(self.verify[min(self.verify)])
 
 
@@ -254,8 +254,9 @@ class Length:
             costs.unchecked = 0
             return
         costs.unchecked += 1
-        if proposal.forwards:
-            costs.draft.append(draft / proposal.forwards)
+        steps = proposal.forwards or int(self.models[1] is None)  # looking something up is a step too
+        if steps:
+            costs.draft.append(draft / steps)
         tokens = sum(committed) / len(committed)
         if any(proposal.tokens):
             costs.round.append(whole)
@@ -265,7 +266,7 @@ class Length:
             for depth, confidence in enumerate(sure[: len(paths[row]) + 1]):
                 learned.learn(confidence, depth < len(paths[row]))
         if costs.plain:
-            learned.paid(tokens - costs.usual(proposal.forwards, new) * costs.plain_rate)
+            learned.paid(tokens - costs.usual(steps, new) * costs.plain_rate)
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         self.costs = self._costs(len(rows))
