@@ -112,7 +112,7 @@ def _beam_gap(target: Any, prompt: Tensor, paths: tuple[Paths, Paths], options: 
                 logits = target(input_ids=torch.tensor([text], device=target.device), use_cache=False).logits
             logits = logits[:, len(prompt) - 1: -1].float()
             logs = process(logits.log_softmax(-1), [request.rows[0].processors],
-                           lambda _, node, text=text: text[: len(prompt) + node])[0]
+                           partial(_before, text, len(prompt)))[0]
             score = sum(float(logs[place, token]) for place, token in enumerate(tokens))
             found.append(score / len(tokens) ** penalty if ended else score)
             size = max(size, float(logits.abs().max()) * len(tokens) ** 0.5)
@@ -182,6 +182,10 @@ def exact_distribution(target: Any, prompt: Tensor, options: dict[str, Any]) -> 
                     grown[(*outcome, token)] = chance * float(row[token])
             outcomes = grown
     return outcomes
+
+
+def _before(text: list[int], first: int, _: int, node: int) -> list[int]:
+    return text[: first + node]
 
 
 def _of(paths: list[list[int]], _: int, node: int) -> list[int]:
