@@ -65,6 +65,14 @@ def next_token_logits(model: PreTrainedModel, tokens: Sequence[int]) -> Tensor:
     return logits[0, -1].float().cpu()
 
 
+@torch.inference_mode()
+def answer_logits(model: PreTrainedModel, tokens: Sequence[int], count: int) -> Tensor:
+    """The logits that predict the last `count` of these tokens, from one plain forward: [count, vocabulary]."""
+    ids = torch.tensor([list(tokens)], device=model.device)
+    keep = {"logits_to_keep": count + 1} if _keeps_logits(model) else {}
+    return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **keep).logits[0, -count - 1:-1]
+
+
 def _span(contexts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], rows: Sequence[int]) -> tuple[int, int]:
     """First position whose logits are wanted (it predicts an answer's first token), and the padded length."""
     return (min(len(contexts[n]) for n in rows) - 1, max(len(contexts[n]) + len(answers[n]) for n in rows))

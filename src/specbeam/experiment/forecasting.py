@@ -1,0 +1,383 @@
+"""`specbeam forecast`: config, models, table, plot and the choice as files. What is worked out is in specbeam/forecast.py."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from specbeam.errors import InputError
+from specbeam.experiment import records
+from specbeam.experiment.plan import PlannedMethod, check_device_and_dtype, check_text, check_whole, model_path, plan_method
+from specbeam.experiment.prompts import prompts_from_config
+from specbeam.forecast import (
+    Answer,
+    Chances,
+    Costs,
+    forced_chances,
+    measure_costs,
+    plain_seconds,
+    speculative_seconds,
+)
+from specbeam.models import check_path
+from specbeam.runners import check_runner
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from specbeam.hardware import Hardware
+
+LOOKUP = "prompt_lookup"
+WORTH = 1.05  # a predicted speed-up below it is not worth the trouble: about the forecast's own error
+KEYS = ("target", "draft", "prompt_set", "drafts", "draft_lengths", "batch_sizes", "ngram", "prompts", "system_prompt",
+        "max_new_tokens", "temperature", "options", "repeats", "traces", "hardware", "sizes", "seed", "device", "dtype",
+        "runner", "output_dir")
+
+
+@dataclass(frozen=True)
+class Traces:
+    """The target's answers, and of each draft the chances of its proposals; sizes where they are known."""
+
+    target: str
+    answers: list[Answer]
+    drafts: dict[str, list[Chances]]
+    sampled: bool
+    sizes: dict[str, list[int]]  # of the target and of each draft: hardware.Size
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table. speedup: predicted, geometric mean over batches, with its 95 % interval over them."""
+
+    draft: str
+    draft_length: int
+    batch_size: int
+    speedup: float
+    low: float | None
+    high: float | None
+    tokens_per_second: float
+    mean_accepted_length: float
+    acceptance_rate: float | None
+    rounds: float
+    accepted: float
+
+
+def run_forecast(config: dict[str, Any], command: list[str], console: Console) -> int:
+    """Forecast, print, write; exit status 0. Raises InputError for what makes no sense."""
+    check(config)
+    from specbeam.hardware import read_hardware
+
+    hardware = None if config["hardware"] is None else read_hardware(config["hardware"])
+    lengths, batch_sizes = sorted(set(config["draft_lengths"])), list(dict.fromkeys(config["batch_sizes"]))
+    costs: dict[tuple[str, int], Costs] = {}
+    facts: dict[str, Any] = {}
+    if config["traces"] is None:
+        traces, costs, facts = _from_models(config, lengths, batch_sizes, hardware, console)
+    else:
+        traces = read_traces(Path(config["traces"]).expanduser(), max(lengths))
+    if hardware is not None:
+        costs = _costs_elsewhere(config, traces, hardware, lengths, batch_sizes)
+    lines = [line for size in batch_sizes for draft in traces.drafts for length in lengths
+             if (line := predict(traces, draft, length, size, costs[draft, size])) is not None]
+    if not lines:
+        raise InputError("The answers are one token long, so that there is nothing to speculate on: give other prompts or "
+                         "more max_new_tokens.")
+    folder = Path(config["output_dir"]).expanduser() if config["output_dir"] else None
+    folder = folder or records.new_folder(Path("outputs/forecast"))
+    folder.mkdir(parents=True, exist_ok=True)
+    where = hardware.name if hardware is not None else f"this machine, {facts.get('dtype')}, runner {facts.get('runner')}"
+    show(lines, costs, where, estimate_of(traces, batch_sizes, hardware), console)
+    write(folder, config, command, traces, lines, costs, where, facts)
+    console.print(f"forecast: {folder}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def check(config: dict[str, Any]) -> None:
+    """Raises InputError, one sentence, for what makes no sense, before a model is loaded."""
+    for name in config:
+        if name not in KEYS:
+            raise InputError(f"There is no config key {name!r}: specbeam forecast --help lists them all.")
+    for name in ("max_new_tokens", "repeats", "ngram"):
+        check_whole(name, config[name], 1)
+    check_whole("seed", config["seed"], 0)
+    for name in ("draft_lengths", "batch_sizes"):
+        if not isinstance(config[name], list) or not config[name]:
+            raise InputError(f"{name} is {config[name]!r}: give a list of whole numbers, for example [1,2,4].")
+        for number in config[name]:
+            check_whole(f"a number of {name}", number, 1)
+    if not isinstance(config["options"], dict):
+        raise InputError(f"options is {config['options']!r}: give GenerationConfig names, as in {{top_p: 0.9}}.")
+    for name in ("system_prompt", "output_dir", "traces"):
+        check_text(name, config[name])
+    _method(config)
+    if config["traces"] is not None:
+        if config["hardware"] is None:
+            raise InputError("traces replays an earlier forecast on other hardware, and hardware is null: give a preset or "
+                             "numbers, or leave traces out.")
+        return
+    if model_path(config, "target") is None:
+        raise InputError("target.path is null: give bundled, a folder or a hub id.")
+    named_drafts(config)
+    check_device_and_dtype(config["device"], config["dtype"])
+    check_runner(config["runner"] or "auto")
+    prompts_from_config(config)
+
+
+def named_drafts(config: dict[str, Any]) -> dict[str, str | None]:
+    """Name → path of each draft to rank; None for prompt lookup."""
+    from specbeam.experiment.compose import CONF
+
+    given = config["drafts"]
+    if given is None:
+        path = model_path(config, "draft")
+        given = [LOOKUP if path is None else path]
+    if not isinstance(given, list) or not given:
+        raise InputError(f"drafts is {given!r}: give a list, as in draft=[bundled,prompt_lookup].")
+    found: dict[str, str | None] = {}
+    for name in map(str, given):
+        preset = CONF / "draft" / f"{name}.yaml"
+        if name == LOOKUP:
+            found[name] = None
+        elif preset.is_file() and "/" not in name:
+            import yaml
+
+            path = yaml.safe_load(preset.read_text("utf-8")).get("path")
+            if path is None:
+                raise InputError(f"draft {name!r} is no draft: leave it out, or use prompt_lookup.")
+            found[name] = str(path)
+        else:
+            check_path(name)
+            found[name] = name
+    return found
+
+
+def _method(config: dict[str, Any]) -> PlannedMethod:
+    """The options of the target's answers, checked as those of a method."""
+    options = {"kind": "speculative", "temperature": config["temperature"], **config["options"]}
+    return plan_method("", options, config["max_new_tokens"])
+
+
+def _from_models(config: dict[str, Any], lengths: list[int], batch_sizes: list[int], hardware: Hardware | None,
+                 console: Console) -> tuple[Traces, dict[tuple[str, int], Costs], dict[str, Any]]:
+    """Load, let the target answer once, hold every draft against the answers, measure what rounds cost."""
+    import torch
+
+    from specbeam.chat import render_prompt
+    from specbeam.decoding.greedy import greedy_generate
+    from specbeam.decoding.sample import sample_generate
+    from specbeam.engine.support import adapt
+    from specbeam.hardware import size_of
+    from specbeam.models import check_same_vocabulary, load_model
+
+    given: dict[str, Any] = {"device": config["device"] or "auto", "dtype": config["dtype"] or "auto",
+                             "runner": config["runner"] or "auto"}
+    target_path = str(model_path(config, "target"))
+    with console.status("loading the target"):
+        target, tokenizer = load_model(target_path, **given)
+    method = _method(config)
+    options = {name: value for name, value in method.options.items() if name != "temperature" or value}
+    temperature, options = options.pop("temperature", 0.0), {**options, "tokenizer": tokenizer}
+    sampling = {"temperature": temperature} if temperature else {}
+    prompts = prompts_from_config(config)
+    ids = []
+    for prompt in prompts:
+        rendered = render_prompt(tokenizer, [prompt.conversation(0)], system_prompt=config["system_prompt"],
+                                 device=target.device)
+        ids.append(rendered.input_ids[0])
+    answers = []
+    with console.status("the target answers"):
+        for number, one in enumerate(ids):
+            generate = sample_generate if temperature else greedy_generate
+            seeded = {"seed": config["seed"] + number} if temperature else {}
+            out = generate(target, [one], **seeded, **sampling, **options)
+            answers.append(Answer(tuple(one.tolist()), tuple(out.tokens[0]), config["max_new_tokens"]))
+    chances: dict[str, list[Chances]] = {}
+    costs: dict[tuple[str, int], Costs] = {}
+    sizes = {"target": list(asdict(size_of(target.config)).values())}
+    for name, path in named_drafts(config).items():
+        with console.status(f"draft {name}"):
+            draft = None
+            if path is not None:
+                draft, theirs = load_model("bundled-draft" if path == "bundled" else path, **given)
+                check_same_vocabulary(tokenizer, theirs, target.config, draft.config)
+                sizes[name] = list(asdict(size_of(draft.config)).values())
+            chances[name] = forced_chances(target, draft, answers, max(lengths), temperature, config["ngram"], **options)
+            for size in batch_sizes if hardware is None else ():
+                drafter = {"drafter": LOOKUP, "ngram": config["ngram"]} if draft is None else {}
+                costs[name, size] = measure_costs(target, draft, answers, lengths, size, config["repeats"],
+                                                  **drafter, **sampling, **options)
+            del draft
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+    facts = {"device": str(target.device), "dtype": str(target.dtype).removeprefix("torch."),
+             "runner": adapt(target).runner.name}
+    return Traces(target_path, answers, chances, temperature > 0, sizes), costs, facts
+
+
+def predict(traces: Traces, draft: str, length: int, batch_size: int, costs: Costs) -> Line | None:
+    """One draft at one length: what `specbeam compare` would measure. None when nothing was decoded."""
+    from specbeam.metrics.score import mean
+
+    chances, answers = traces.drafts[draft], traces.answers
+    logs, total = [], {"seconds": 0.0, "rounds": 0.0, "drafted": 0.0, "accepted": 0.0, "tokens": 0.0}
+    for start in range(0, len(answers), batch_size):
+        batch = answers[start:start + batch_size]
+        rows, seconds = speculative_seconds(batch, chances[start:start + batch_size], length, costs, traces.sampled)
+        plain = plain_seconds(batch, costs)
+        if not seconds or not plain:
+            continue
+        logs.append(math.log(plain / seconds))
+        total["seconds"] += seconds
+        total["tokens"] += sum(len(answer.tokens) - 1 for answer in batch)
+        for name in ("rounds", "drafted", "accepted"):
+            total[name] += sum(getattr(row, name) for row in rows)
+    found = mean(logs)
+    if found is None:
+        return None
+    low, high = (None if end is None else math.exp(end) for end in (found.low, found.high))
+    return Line(draft, length, batch_size, math.exp(found.value), low, high, total["tokens"] / total["seconds"],
+                total["tokens"] / total["rounds"], total["accepted"] / total["drafted"] if total["drafted"] else None,
+                total["rounds"], total["accepted"])
+
+
+def recommended(lines: Sequence[Line], batch_size: int) -> Line | None:
+    """The fastest line at this batch size; None: do not speculate."""
+    best = max((line for line in lines if line.batch_size == batch_size), key=lambda line: line.speedup)
+    return best if best.speedup >= WORTH else None
+
+
+def sentence(lines: Sequence[Line], batch_size: int) -> str:
+    """What to do, in one sentence."""
+    best = recommended(lines, batch_size)
+    where = "One prompt at a time" if batch_size == 1 else f"Batches of {batch_size}"
+    if best is None:
+        top = max((line for line in lines if line.batch_size == batch_size), key=lambda line: line.speedup)
+        return (f"{where}: do not speculate; the best of these, {top.draft} with draft length {top.draft_length}, is "
+                f"predicted to decode {top.speedup:.2f} × as fast as plain decoding.")
+    within = "" if best.low is None else f" (95 % over {'prompts' if batch_size == 1 else 'batches'} " \
+                                         f"{best.low:.2f}–{best.high:.2f})"
+    return (f"{where}: use {best.draft} with draft length {best.draft_length}, predicted to decode {best.speedup:.2f} × as "
+            f"fast as plain decoding{within}.")
+
+
+def estimate_of(traces: Traces, batch_sizes: Sequence[int], hardware: Hardware | None) -> list[str]:
+    """Why figures are estimates; empty where accepted tokens are exact and costs measured."""
+    why = []
+    if traces.sampled:
+        why.append("Answers are sampled: rounds and accepted tokens are expectations, for rejection sampling.")
+        if max(batch_sizes) > 1:
+            why.append("Seconds of sampled batches are an estimate, as if every row took its expected number of rounds.")
+    if hardware is not None:
+        why.append("Seconds are an estimate from bandwidth, compute and launch cost (docs/forecast.md).")
+    return why
+
+
+def show(lines: Sequence[Line], costs: dict[tuple[str, int], Costs], where: str, notes: Sequence[str], console: Console
+         ) -> None:
+    """A table per batch size, what rounds cost, and what to do."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    for size in dict.fromkeys(line.batch_size for line in lines):
+        best = recommended(lines, size)
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False,
+                      title=f"batch size {size}, {where}", title_justify="left")
+        for name in ("draft", "draft\nlength", "accepted\nlength", "accept.\nrate", "tokens\nper s", "× plain"):
+            table.add_column(name, justify="left" if name == "draft" else "right", vertical="bottom", no_wrap=True)
+        for line in (line for line in lines if line.batch_size == size):
+            rate = "–" if line.acceptance_rate is None else f"{line.acceptance_rate:.0%}"
+            within = "" if line.low is None else f" ({line.low:.2f}–{line.high:.2f})"
+            table.add_row(Text(line.draft), str(line.draft_length), f"{line.mean_accepted_length:.2f}", rate,
+                          f"{line.tokens_per_second:,.1f}", f"{line.speedup:.2f}{within}",
+                          style="bold green" if line is best else "")
+        console.print(table)
+        for (draft, count), own in costs.items():
+            if count == size:
+                rows = max(own.table)
+                steps = ", ".join(f"{k + 1}: {1000 * own.parts[rows][k][1]:.2f}" for k in sorted(own.parts.get(rows, {})))
+                step = [own.parts[rows][k][0] / k for k in own.parts.get(rows, {}) if k]
+                mean = f"draft step {1000 * sum(step) / len(step):.2f}; " if step else ""
+                console.print(Text(f"{draft}, ms: {mean}target forward of tokens {steps}; plain step "
+                                   f"{1000 * own.seconds(rows, 0):.2f}", style="dim"))
+        console.print(Text(sentence(lines, size), style="bold"))
+    for note in notes:
+        console.print(Text(f"· {note}", style="dim"))
+
+
+def write(folder: Path, config: dict[str, Any], command: list[str], traces: Traces, lines: Sequence[Line],
+          costs: dict[tuple[str, int], Costs], where: str, facts: dict[str, Any]) -> None:
+    """forecast.json, traces.json, forecast.svg, and of each batch size the choice (experiment/choice.py)."""
+    from specbeam.experiment.choice import write_choice
+    from specbeam.report.forecast_chart import chart
+
+    sizes = list(dict.fromkeys(line.batch_size for line in lines))
+    records.write_yaml(folder / "config.yaml", config)
+    records.write_json(folder / "forecast.json", {
+        "where": where, **facts, "command": command, "sampled": traces.sampled,
+        "recommendation": {str(size): {"sentence": sentence(lines, size),
+                                       "choice": asdict(best) if (best := recommended(lines, size)) else None}
+                           for size in sizes},
+        "lines": [asdict(line) for line in lines],
+        "costs": [{"draft": draft, "batch_size": size, "seconds": {str(n): {str(k): s for k, s in sorted(own.items())}
+                                                                   for n, own in found.table.items()}}
+                  for (draft, size), found in costs.items()]})
+    records.write_json(folder / "traces.json", asdict(traces))
+    (folder / "forecast.svg").write_text(chart([asdict(line) for line in lines], where), "utf-8")
+    drafts = named_drafts(config) if config["traces"] is None else {name: name for name in traces.drafts}
+    for size in sizes:
+        write_choice(folder / f"batch-{size}", config, traces.target, recommended(lines, size), drafts, size)
+
+
+def read_traces(folder: Path, longest: int) -> Traces:
+    """traces.json of an earlier forecast."""
+    path = folder / "traces.json"
+    if not path.is_file():
+        raise InputError(f"traces={str(folder)!r} is no folder of a forecast: traces.json is wanted in it.")
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        answers = [Answer(tuple(one["prompt"]), tuple(one["tokens"]), one["room"]) for one in found.pop("answers")]
+        traces = Traces(answers=answers, **found)
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{str(path)!r} cannot be read as the traces of a forecast: run the forecast again.") from None
+    asked = max((len(own) for chances in traces.drafts.values() for row in chances for own in row), default=0)
+    if longest > asked and LOOKUP not in traces.drafts:
+        raise InputError(f"draft_lengths goes up to {longest}, but the traces in {str(folder)!r} up to {asked}: give "
+                         "shorter ones, or run that forecast again with longer ones.")
+    return traces
+
+
+def _costs_elsewhere(config: dict[str, Any], traces: Traces, hardware: Hardware, lengths: Sequence[int],
+                     batch_sizes: Sequence[int]) -> dict[tuple[str, int], Costs]:
+    from specbeam.hardware import Size, costs_on
+
+    sizes = config["sizes"]
+    weight_bytes = sizes.get("bytes_per_weight")
+    if not isinstance(weight_bytes, int | float) or isinstance(weight_bytes, bool) or weight_bytes <= 0:
+        raise InputError(f"sizes.bytes_per_weight is {weight_bytes!r}: give a number above 0 (bf16: 2, fp32: 4).")
+    context = sum(len(one.prompt) + len(one.tokens) / 2 for one in traces.answers) / len(traces.answers)
+    target = _size(sizes.get("target")) or Size(*traces.sizes["target"])
+    found = {}
+    for draft in traces.drafts:
+        own = None if draft == LOOKUP else _size(sizes.get("draft")) or Size(*traces.sizes[draft])
+        for size in batch_sizes:
+            found[draft, size] = costs_on(hardware, target, own, lengths, size, context, float(weight_bytes))
+    return found
+
+
+def _size(path: str | None) -> Any:
+    if path is None:
+        return None
+    check_path(path)
+    from transformers import AutoConfig
+
+    from specbeam.hardware import size_of
+
+    try:
+        return size_of(AutoConfig.from_pretrained(path))
+    except Exception as error:
+        raise InputError(f"The config of {path!r} cannot be read for its size ({' '.join(str(error).split())[:200]}): give "
+                         "a folder with config.json or a hub id.") from None
