@@ -1,4 +1,4 @@
-"""The command line: specbeam compare | generate | report | audit | models | doctor | completion | lm-eval.
+"""The command line: specbeam compare | generate | report | audit | forecast | models | doctor | completion | lm-eval.
 
 Nothing heavy is imported until a command needs it, so that help is instant. Exit status: 0; 1 when a cell failed;
 2 for input that makes no sense, said in one sentence; 130 when interrupted.
@@ -17,7 +17,7 @@ from specbeam import __version__
 from specbeam.errors import InputError
 
 CONF = Path(__file__).resolve().parent / "conf"
-COMMANDS = ("compare", "generate", "report", "audit", "models", "doctor", "completion", "lm-eval")
+COMMANDS = ("compare", "generate", "report", "audit", "forecast", "models", "doctor", "completion", "lm-eval")
 
 USAGE = """\
 specbeam: run, compare and prove LLM decoding methods on Hugging Face models.
@@ -25,6 +25,7 @@ specbeam: run, compare and prove LLM decoding methods on Hugging Face models.
   specbeam compare [key=value …]             compare methods on prompts; the defaults need nothing else
   specbeam generate "prompt" [key=value …]   stream one answer by one method
   specbeam report <run folder> […]           show a run's table and write its report again; several side by side
+  specbeam forecast [key=value …]            which draft and draft length pay, before running them
   specbeam audit [key=value …]               is a speculative method's output the target's own, on your pair?
   specbeam models                            the presets: size, context, chat template, in the cache or not
   specbeam doctor                            what works on this machine
@@ -51,6 +52,13 @@ GENERATE = """\
 specbeam generate "prompt" [key=value …] [--cfg job]
 
 """
+FORECAST = """\
+specbeam forecast [key=value …] [draft=[a,b,prompt_lookup]] [--cfg job]
+
+Generates with the target once, holds each draft against the answers in one pass, measures what a round costs, and says
+which draft and draft length to use, or not to speculate. Exact in accepted tokens for greedy chains (docs/forecast.md).
+
+"""
 AUDIT = """\
 specbeam audit [key=value …] [--cfg job]
 
@@ -74,8 +82,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; the exit status. One sentence on standard error for an InputError."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     _utf8_output()
-    commands = dict(zip(COMMANDS, (_compare, _generate, _report, _audit, _models, _doctor, _completion, _lm_eval),
-                        strict=True))
+    commands = dict(zip(COMMANDS, (_compare, _generate, _report, _audit, _forecast, _models, _doctor, _completion,
+                                   _lm_eval), strict=True))
     try:
         if not arguments or arguments[0] in ("-h", "--help", "help"):
             print(USAGE, end="")
@@ -136,6 +144,21 @@ def _generate(arguments: list[str]) -> int:
     from specbeam.experiment.generate import generate
 
     return generate(positional[0], config, _console())
+
+
+def _forecast(arguments: list[str]) -> int:
+    overrides, flags = _split(arguments, ("--help", "-h", "--cfg"))
+    if "--help" in flags:
+        return _help(FORECAST, "forecast.yaml")
+    from specbeam.experiment.compose import compose
+
+    # draft is a group of presets, of which Hydra would take the last one of a list
+    config = compose("forecast", [re.sub(r"^draft=\[", "drafts=[", override) for override in overrides])
+    if "--cfg" in flags:
+        return _print_configs([config])
+    from specbeam.experiment.forecasting import run_forecast
+
+    return run_forecast(config, ["specbeam", "forecast", *arguments], _console())
 
 
 def _audit(arguments: list[str]) -> int:

@@ -4,9 +4,9 @@ Greedy, a chain of any length γ: the draft always continues accepted text, and 
 teacher-forced pass of the draft over the target's answers says which of its proposals would have been accepted, at
 every place, for every γ at once. Walking over the answer gives the rounds, exactly.
 
-Sampled, with rejection sampling (Leviathan et al. 2023, arXiv 2211.17192): of an answer drawn by the target, token x was
-accepted where it was proposed with probability q(x) · min(1, p(x) / q(x)) ÷ p(x) = min(1, q(x) / p(x)); the expected
-number of rounds is a recursion over the places where a round starts.
+Sampled, with rejection sampling (Leviathan et al. 2023, arXiv 2211.17192): of an answer drawn by the target, token x
+was an accepted proposal with probability q(x) · min(1, p(x) / q(x)) ÷ p(x) = min(1, q(x) / p(x)); the expected number
+of rounds is a recursion over the places where a round starts.
 
 Seconds: rounds × what a round of so many proposals and rows costs, measured in short runs (`measure_costs`) or worked
 out for another machine (hardware.py).
@@ -69,8 +69,8 @@ def forced_chances(target: PreTrainedModel, draft: PreTrainedModel | None, answe
     """Of each answer, how probable it is that the draft's proposals are accepted, wherever a round may start.
 
     draft: None looks the prompt up (drafting/prompt_lookup.py, n-grams up to `ngram`). longest: the largest draft
-    length asked for. temperature 0: chances are 0 or 1. options: of the methods, as the target's answers were made with.
-    One forward of the draft an answer, and, sampled, one of the target.
+    length asked for. temperature 0: chances are 0 or 1. options: as the target's answers were made
+    with. One forward of the draft an answer, and, sampled, one of the target.
     """
     import torch
 
@@ -241,16 +241,46 @@ def measure_costs(target: PreTrainedModel, draft: PreTrainedModel | None, answer
                 else:
                     out = (sample_generate if temperature else greedy_generate)(target, texts, **options)
                 if repeat:
-                    for live, proposals, parts in _rounds_of(out.trace):
+                    for live, proposals, seconds in _rounds_of(out.trace):
                         if live == count:
-                            seen[live, proposals].append(parts)
+                            seen[live, proposals].append(seconds)
     table: dict[int, dict[int, float]] = {count: {} for count in counts}
     parts: dict[int, dict[int, tuple[float, float]]] = {count: {} for count in counts}
     for (live, proposals), found in seen.items():
-        if len(found) >= 3 or proposals == 0:
-            table[live][proposals] = median(whole for whole, _, _ in found)
-            parts[live][proposals] = (fmean(draft for _, draft, _ in found), fmean(verify for _, _, verify in found))
+        table[live][proposals] = median(whole for whole, _, _ in found)
+        parts[live][proposals] = (fmean(draft for _, draft, _ in found), fmean(verify for _, _, verify in found))
+    for count, own in table.items():
+        missing = [length for length in lengths if length not in own]
+        if own and missing:  # looked up too rarely: a plain step, and what so many tokens add to the target's forward
+            text = [*by_length[0].prompt, *by_length[0].tokens[: len(by_length[0].tokens) // 4]]
+            forward = _forward_seconds(target, [text] * count, [0, *missing], 5 * repeats)
+            own |= {length: own[0] + forward[length] - forward[0] for length in missing}
     return Costs({count: own for count, own in table.items() if own}, parts)
+
+
+def _forward_seconds(target: PreTrainedModel, texts: list[list[int]], lengths: Sequence[int], repeats: int
+                     ) -> dict[int, float]:
+    """Median seconds of a target forward of 1 + each length tokens a row, behind these texts."""
+    import torch
+
+    from specbeam.decoding.rows import Clock
+    from specbeam.engine.support import adapt, evaluating
+    from specbeam.engine.tree import TokenTree, chain
+
+    clock, seen = Clock(target.device), defaultdict[int, list[float]](list)
+    with torch.inference_mode(), evaluating(target):
+        tree = TokenTree(adapt(target), len(texts), len(texts[0]) + max(lengths) + 1)
+        unread = chain(texts, tree.device)
+        _, nodes = tree.extend(tree.tips([0] * len(texts)), unread, last_only=True)
+        tips = nodes.pick(unread.lengths[:, None] - 1)
+        for repeat in range(repeats + 1):
+            for length in lengths:
+                block = chain([text[-1:] * (length + 1) for text in texts], tree.device)
+                start = clock.mark()
+                tree.extend(tips, block)[0].argmax(-1).tolist()
+                if repeat:
+                    seen[length].append(clock.seconds(start, clock.mark()))
+    return {length: median(found) for length, found in seen.items()}
 
 
 def _rounds_of(traces: Sequence[Any]) -> list[tuple[int, int, tuple[float, float, float]]]:

@@ -52,13 +52,14 @@ def read_hardware(given: Any) -> Hardware:
         return PRESETS[given.lower()]
     names = ("bandwidth", "compute", "launch")
     if not isinstance(given, Mapping) or set(given) != set(names):
-        raise InputError(f"hardware is {given!r}: give a preset ({', '.join(PRESETS)}) or the numbers bandwidth (GB/s), "
-                         "compute (TFLOP/s) and launch (µs per layer), all three.")
+        raise InputError(f"hardware is {given!r}: give a preset ({', '.join(PRESETS)}) or the numbers bandwidth "
+                         "(GB/s), compute (TFLOP/s) and launch (µs per layer), all three.")
     for name in names:
         number = isinstance(given[name], int | float) and not isinstance(given[name], bool)
         if not number or given[name] < 0 or (name != "launch" and given[name] == 0):
             raise InputError(f"hardware.{name} is {given[name]!r}: give a number above 0.")
-    text = ", ".join(f"{given[name]:g} {unit}" for name, unit in zip(names, ("GB/s", "TFLOP/s", "µs a layer"), strict=True))
+    units = zip(names, ("GB/s", "TFLOP/s", "µs a layer"), strict=True)
+    text = ", ".join(f"{given[name]:g} {unit}" for name, unit in units)
     return Hardware(text, given["bandwidth"] * 1e9, given["compute"] * 1e12, given["launch"] * 1e-6)
 
 
@@ -73,7 +74,7 @@ def size_of(config: Any) -> Size:
     parameters = sum(weight.numel() for weight in model.parameters())
     embedding: Any = model.get_input_embeddings()
     output: Any = model.get_output_embeddings()
-    tied = output is not None and output.weight is embedding.weight or getattr(text, "tie_word_embeddings", False)
+    tied = (output is not None and output.weight is embedding.weight) or getattr(text, "tie_word_embeddings", False)
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return Size(parameters - (0 if tied else embedding.weight.numel()), text.num_hidden_layers,

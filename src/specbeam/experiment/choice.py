@@ -42,7 +42,8 @@ def choice(config: Mapping[str, Any], target: str, best: Line | None, drafts: Ma
         chosen["draft"] = {"path": path}
         transformers = {"num_assistant_tokens": best.draft_length, "num_assistant_tokens_schedule": "constant",
                         "assistant_confidence_threshold": 0.0}
-        vllm = {"method": "draft_model", "model": path, "num_speculative_tokens": best.draft_length}
+        folder = str(Path(__file__).resolve().parent.parent / "bundled" / "draft") if path == "bundled" else path
+        vllm = {"method": "draft_model", "model": folder, "num_speculative_tokens": best.draft_length}
     chosen["methods"]["speculative"] = method
     return {"specbeam": chosen, "transformers": transformers, "vllm": vllm}
 

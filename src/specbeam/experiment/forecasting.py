@@ -1,4 +1,4 @@
-"""`specbeam forecast`: config, models, table, plot and the choice as files. What is worked out is in specbeam/forecast.py."""
+"""`specbeam forecast`: config, models, table, plot, the choice as files. The working out is in specbeam/forecast.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from specbeam.errors import InputError
 from specbeam.experiment import records
-from specbeam.experiment.plan import PlannedMethod, check_device_and_dtype, check_text, check_whole, model_path, plan_method
+from specbeam.experiment.plan import (
+    PlannedMethod,
+    check_device_and_dtype,
+    check_text,
+    check_whole,
+    model_path,
+    plan_method,
+)
 from specbeam.experiment.prompts import prompts_from_config
 from specbeam.forecast import (
     Answer,
@@ -67,6 +74,7 @@ class Line:
 
 def run_forecast(config: dict[str, Any], command: list[str], console: Console) -> int:
     """Forecast, print, write; exit status 0. Raises InputError for what makes no sense."""
+    config = {**config, "options": {} if config["options"] is None else config["options"]}
     check(config)
     from specbeam.hardware import read_hardware
 
@@ -83,12 +91,12 @@ def run_forecast(config: dict[str, Any], command: list[str], console: Console) -
     lines = [line for size in batch_sizes for draft in traces.drafts for length in lengths
              if (line := predict(traces, draft, length, size, costs[draft, size])) is not None]
     if not lines:
-        raise InputError("The answers are one token long, so that there is nothing to speculate on: give other prompts or "
-                         "more max_new_tokens.")
+        raise InputError("The answers are one token long, so that there is nothing to speculate on: give other prompts "
+                         "or more max_new_tokens.")
     folder = Path(config["output_dir"]).expanduser() if config["output_dir"] else None
     folder = folder or records.new_folder(Path("outputs/forecast"))
     folder.mkdir(parents=True, exist_ok=True)
-    where = hardware.name if hardware is not None else f"this machine, {facts.get('dtype')}, runner {facts.get('runner')}"
+    where = f"this machine, {facts.get('dtype')}, runner {facts.get('runner')}" if hardware is None else hardware.name
     show(lines, costs, where, estimate_of(traces, batch_sizes, hardware), console)
     write(folder, config, command, traces, lines, costs, where, facts)
     console.print(f"forecast: {folder}", highlight=False, soft_wrap=True)
@@ -115,8 +123,8 @@ def check(config: dict[str, Any]) -> None:
     _method(config)
     if config["traces"] is not None:
         if config["hardware"] is None:
-            raise InputError("traces replays an earlier forecast on other hardware, and hardware is null: give a preset or "
-                             "numbers, or leave traces out.")
+            raise InputError("traces replays an earlier forecast on other hardware, and hardware is null: give a "
+                             "preset or numbers, or leave traces out.")
         return
     if model_path(config, "target") is None:
         raise InputError("target.path is null: give bundled, a folder or a hub id.")
@@ -204,7 +212,8 @@ def _from_models(config: dict[str, Any], lengths: list[int], batch_sizes: list[i
                 draft, theirs = load_model("bundled-draft" if path == "bundled" else path, **given)
                 check_same_vocabulary(tokenizer, theirs, target.config, draft.config)
                 sizes[name] = list(asdict(size_of(draft.config)).values())
-            chances[name] = forced_chances(target, draft, answers, max(lengths), temperature, config["ngram"], **options)
+            chances[name] = forced_chances(target, draft, answers, max(lengths), temperature, config["ngram"],
+                                           **options)
             for size in batch_sizes if hardware is None else ():
                 drafter = {"drafter": LOOKUP, "ngram": config["ngram"]} if draft is None else {}
                 costs[name, size] = measure_costs(target, draft, answers, lengths, size, config["repeats"],
@@ -259,8 +268,8 @@ def sentence(lines: Sequence[Line], batch_size: int) -> str:
                 f"predicted to decode {top.speedup:.2f} × as fast as plain decoding.")
     within = "" if best.low is None else f" (95 % over {'prompts' if batch_size == 1 else 'batches'} " \
                                          f"{best.low:.2f}–{best.high:.2f})"
-    return (f"{where}: use {best.draft} with draft length {best.draft_length}, predicted to decode {best.speedup:.2f} × as "
-            f"fast as plain decoding{within}.")
+    return (f"{where}: use {best.draft} with draft length {best.draft_length}, predicted to decode "
+            f"{best.speedup:.2f} × as fast as plain decoding{within}.")
 
 
 def estimate_of(traces: Traces, batch_sizes: Sequence[int], hardware: Hardware | None) -> list[str]:
@@ -269,7 +278,7 @@ def estimate_of(traces: Traces, batch_sizes: Sequence[int], hardware: Hardware |
     if traces.sampled:
         why.append("Answers are sampled: rounds and accepted tokens are expectations, for rejection sampling.")
         if max(batch_sizes) > 1:
-            why.append("Seconds of sampled batches are an estimate, as if every row took its expected number of rounds.")
+            why.append("Seconds of sampled batches are an estimate, as if every row took its expected rounds.")
     if hardware is not None:
         why.append("Seconds are an estimate from bandwidth, compute and launch cost (docs/forecast.md).")
     return why
@@ -298,8 +307,9 @@ def show(lines: Sequence[Line], costs: dict[tuple[str, int], Costs], where: str,
         for (draft, count), own in costs.items():
             if count == size:
                 rows = max(own.table)
-                steps = ", ".join(f"{k + 1}: {1000 * own.parts[rows][k][1]:.2f}" for k in sorted(own.parts.get(rows, {})))
-                step = [own.parts[rows][k][0] / k for k in own.parts.get(rows, {}) if k]
+                parts = own.parts.get(rows, {})
+                steps = ", ".join(f"{k + 1}: {1000 * parts[k][1]:.2f}" for k in sorted(parts))
+                step = [parts[k][0] / k for k in parts if k]
                 mean = f"draft step {1000 * sum(step) / len(step):.2f}; " if step else ""
                 console.print(Text(f"{draft}, ms: {mean}target forward of tokens {steps}; plain step "
                                    f"{1000 * own.seconds(rows, 0):.2f}", style="dim"))
@@ -379,5 +389,5 @@ def _size(path: str | None) -> Any:
     try:
         return size_of(AutoConfig.from_pretrained(path))
     except Exception as error:
-        raise InputError(f"The config of {path!r} cannot be read for its size ({' '.join(str(error).split())[:200]}): give "
-                         "a folder with config.json or a hub id.") from None
+        raise InputError(f"The config of {path!r} cannot be read for its size ({' '.join(str(error).split())[:200]}): "
+                         "give a folder with config.json or a hub id.") from None

@@ -21,12 +21,14 @@ def judge(
     facts: dict[str, Any],
 ) -> dict[str, Any]:
     """summary.json's content, after the timed part; also fills the probabilities into trace.jsonl."""
+    from specbeam.experiment.prediction import predict
     from specbeam.experiment.quality import add_quality
     from specbeam.experiment.statistics import summarise
 
     notes = list(facts["notes"])
     methods = {method.label: method.settings for method in plan.methods}
     summary = summarise(rows, methods)
+    contexts: dict[tuple[str, str, int], dict[str, Any]] = {}
     try:
         contexts = contexts_of(plan, rows, models, config)
         evaluate = None if plan.evaluator is None else load_evaluator(plan.evaluator, config)
@@ -36,6 +38,12 @@ def judge(
         fill_probabilities(folder, contexts, models)
     except Exception as error:  # the figures of speed must not be lost for those of quality
         notes.append(f"Quality figures are missing: {one_line(error)}")
+    try:
+        foretold = predict(plan.methods, rows, contexts, models, summary) if plan.forecast else {}
+        for label, figures in foretold.items():
+            summary["methods"][label]["forecast"] = figures
+    except Exception as error:
+        notes.append(f"The forecast beside the measurement is missing: {one_line(error)}")
     failed = [row for row in rows if row["status"] == "failed"]
     if failed:
         notes.append(

@@ -20,7 +20,7 @@ from specbeam.runners import check_runner
 
 TOP_KEYS = (
     "target", "draft", "methods", "only", "prompts", "prompt_set", "system_prompt", "batch_size", "repeats",
-    "max_new_tokens", "metrics", "evaluator", "seed", "device", "dtype", "runner", "precision",
+    "max_new_tokens", "metrics", "evaluator", "forecast", "seed", "device", "dtype", "runner", "precision",
     "debug", "trace", "wandb", "output_dir", "experiment",
 )  # fmt: skip
 INNER_KEYS = {
@@ -154,6 +154,7 @@ class Plan:
     draft: str | None  # None when no method speculates
     metrics: tuple[str, ...] | None = None  # None: all that apply
     evaluator: str | None = None  # a further model that answers are scored by
+    forecast: bool = True  # say what `specbeam forecast` would have predicted
 
     def cells(self) -> Iterator[Cell]:
         """Repeats outermost; each batch is answered by every method before the next, in rotating order."""
@@ -192,7 +193,8 @@ def make_plan(config: dict[str, Any]) -> Plan:
         )
     check_debug(config["debug"])
     methods = plan_methods(config.get("methods"), config.get("only"), config["max_new_tokens"])
-    check_switch("trace", config.get("trace", False))
+    for name in ("trace", "forecast"):
+        check_switch(name, config.get(name, False))
     if config.get("trace"):
         methods = tuple(traced(method) for method in methods)
     target = model_path(config, "target")
@@ -207,7 +209,7 @@ def make_plan(config: dict[str, Any]) -> Plan:
     metrics = check_metrics(config.get("metrics"), prompts)
     evaluator = check_evaluator(config.get("evaluator"))
     return Plan(methods, tuple(prompts), config["batch_size"], config["repeats"], config["seed"], target, draft,
-                metrics, evaluator)
+                metrics, evaluator, config.get("forecast", True))
 
 
 def traced(method: PlannedMethod) -> PlannedMethod:

@@ -25,13 +25,16 @@ def chart(lines: Sequence[Mapping[str, Any]], where: str) -> str:
         return height - bottom - speedup / highest * (height - top - bottom)
 
     def text(at: float, down: float, content: object, anchor: str = "middle", size: int = 12) -> str:
-        return f'<text x="{at:.1f}" y="{down:.1f}" text-anchor="{anchor}" font-size="{size}">{escape(str(content))}</text>'
+        place = f'x="{at:.1f}" y="{down:.1f}" text-anchor="{anchor}" font-size="{size}"'
+        return f"<text {place}>{escape(str(content))}</text>"
 
     step = 0.5 if highest > 1.6 else 0.25
     ticks = [step * i for i in range(int(highest / step) + 1)]
     parts = [text(left, 22, f"Predicted speed-up over plain decoding: {where}", "start", 13)]
-    parts += [f'<line x1="{left}" y1="{y(tick):.1f}" x2="{width - right}" y2="{y(tick):.1f}" stroke="'
-              f'{"#1b1f24" if tick == 1 else "#d9dee4"}"/>{text(left - 8, y(tick) + 4, f"{tick:g} ×", "end")}' for tick in ticks]
+    for tick in ticks:
+        ink = "#1b1f24" if tick == 1 else "#d9dee4"
+        parts.append(f'<line x1="{left}" y1="{y(tick):.1f}" x2="{width - right}" y2="{y(tick):.1f}" stroke="{ink}"/>'
+                     + text(left - 8, y(tick) + 4, f"{tick:g} ×", "end"))
     parts += [text(x(length), height - bottom + 18, length) for length in lengths]
     parts.append(text((left + width - right) / 2, height - 8, "draft length"))
     entry = 0
@@ -45,11 +48,12 @@ def chart(lines: Sequence[Mapping[str, Any]], where: str) -> str:
             parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2" '
                          f'stroke-dasharray="{dash}"/>')
             for line in own:
+                at = f"{x(line['draft_length']):.1f}"
                 bar = "" if line["low"] is None else (
-                    f'<line x1="{x(line["draft_length"]):.1f}" y1="{y(line["low"]):.1f}" x2="{x(line["draft_length"]):.1f}" '
-                    f'y2="{y(min(line["high"], highest)):.1f}" stroke="{colour}" stroke-opacity=".35"/>')
+                    f'<line x1="{at}" y1="{y(line["low"]):.1f}" x2="{at}" y2="{y(min(line["high"], highest)):.1f}" '
+                    f'stroke="{colour}" stroke-opacity=".35"/>')
                 title = f"{draft}, draft length {line['draft_length']}, batch size {size}: {line['speedup']:.2f} ×"
-                parts.append(f'<g><title>{escape(title)}</title>{bar}<circle cx="{x(line["draft_length"]):.1f}" '
+                parts.append(f'<g><title>{escape(title)}</title>{bar}<circle cx="{at}" '
                              f'cy="{y(line["speedup"]):.1f}" r="4" fill="{colour}"/></g>')
             down = top + 10 + 20 * entry
             entry += 1
