@@ -251,11 +251,13 @@ def measure_costs(target: PreTrainedModel, draft: PreTrainedModel | None, answer
         parts[live][proposals] = (fmean(draft for _, draft, _ in found), fmean(verify for _, _, verify in found))
     for count, own in table.items():
         missing = [length for length in lengths if length not in own]
-        if own and missing:  # looked up too rarely: a plain step, and what so many tokens add to the target's forward
+        if missing or 0 not in own:  # looked up too rarely, or ended too soon: from forwards alone
             text = [*by_length[0].prompt, *by_length[0].tokens[: len(by_length[0].tokens) // 4]]
             forward = _forward_seconds(target, [text] * count, [0, *missing], 5 * repeats)
-            own |= {length: own[0] + forward[length] - forward[0] for length in missing}
-    return Costs({count: own for count, own in table.items() if own}, parts)
+            step = 0.0 if draft is None else _forward_seconds(draft, [text] * count, [0], 5 * repeats)[0]
+            own.setdefault(0, forward[0])
+            own |= {length: own[0] + forward[length] - forward[0] + length * step for length in missing}
+    return Costs(table, parts)
 
 
 def _forward_seconds(target: PreTrainedModel, texts: list[list[int]], lengths: Sequence[int], repeats: int

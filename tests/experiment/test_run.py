@@ -114,7 +114,12 @@ def test_a_run_folder_has_every_file_and_one_row_for_each_answer(
 
     summary = json.loads((folder / "summary.json").read_text())
     assert list(summary["methods"]) == list(METHOD_LABELS)
-    assert summary["methods"]["speculative"]["perplexity"] > 1
+    speculative = summary["methods"]["speculative"]
+    assert speculative["perplexity"] > 1 and speculative["quality"]["overall"]["tokens"]["count"] == 4
+    for name in ("rounds", "drafted", "accepted"):  # the forecast beside what was measured
+        assert speculative["forecast"][name] == speculative["forecast"][f"measured_{name}"]
+    assert "forecast" not in summary["methods"]["greedy"]
+    assert all(row["peak_memory_bytes"] > 0 for row in rows) or not Path("/proc/self/clear_refs").exists()
     config = records.read_yaml(folder / "config.yaml")
     assert config["resolved"]["methods"]["speculative"]["draft_length"] == 4
     assert str(folder / "report.html") in capsys.readouterr().out

@@ -90,9 +90,6 @@ def run_forecast(config: dict[str, Any], command: list[str], console: Console) -
         costs = _costs_elsewhere(config, traces, hardware, lengths, batch_sizes)
     lines = [line for size in batch_sizes for draft in traces.drafts for length in lengths
              if (line := predict(traces, draft, length, size, costs[draft, size])) is not None]
-    if not lines:
-        raise InputError("The answers are one token long, so that there is nothing to speculate on: give other prompts "
-                         "or more max_new_tokens.")
     folder = Path(config["output_dir"]).expanduser() if config["output_dir"] else None
     folder = folder or records.new_folder(Path("outputs/forecast"))
     folder.mkdir(parents=True, exist_ok=True)
@@ -202,6 +199,9 @@ def _from_models(config: dict[str, Any], lengths: list[int], batch_sizes: list[i
             seeded = {"seed": config["seed"] + number} if temperature else {}
             out = generate(target, [one], **seeded, **sampling, **options)
             answers.append(Answer(tuple(one.tolist()), tuple(out.tokens[0]), config["max_new_tokens"]))
+    if all(len(answer.tokens) < 2 for answer in answers):
+        raise InputError("All answers are one token long, so that there is nothing to speculate on: give other prompts, "
+                         "or more max_new_tokens.")
     chances: dict[str, list[Chances]] = {}
     costs: dict[tuple[str, int], Costs] = {}
     sizes = {"target": list(asdict(size_of(target.config)).values())}
