@@ -200,7 +200,7 @@ def _from_models(config: dict[str, Any], lengths: list[int], batch_sizes: list[i
             out = generate(target, [one], **seeded, **sampling, **options)
             answers.append(Answer(tuple(one.tolist()), tuple(out.tokens[0]), config["max_new_tokens"]))
     if all(len(answer.tokens) < 2 for answer in answers):
-        raise InputError("All answers are one token long, so that there is nothing to speculate on: give other prompts, "
+        raise InputError("All answers are one token long: there is nothing to speculate on; give other prompts, "
                          "or more max_new_tokens.")
     chances: dict[str, list[Chances]] = {}
     costs: dict[tuple[str, int], Costs] = {}
