@@ -26,7 +26,7 @@ TOP_KEYS = (
 INNER_KEYS = {
     "target": ("path",),
     "draft": ("path",),
-    "prompt_set": ("path", "limit", "per_category"),
+    "prompt_set": ("path", "limit", "per_category", "template", "where"),
     "debug": ("render_input_text",),
     "wandb": ("mode", "project"),
 }

@@ -1,4 +1,4 @@
-"""Prompts: from the config, from JSON lines, from Spec-Bench's question.jsonl.
+"""Prompts: from the config, from JSON lines or CSV, from public sets as their files come (prompt_files.py).
 
 A record has exactly one of `prompt` (or `text`: a string), `messages` (a chat up to the model's turn; a closing
 assistant message is taken as the reference) and `turns` (user turns, carried on with the model's own answers);
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from specbeam.errors import InputError
+from specbeam.experiment.prompt_files import check_template, csv_records, our_fields
 
 BUNDLED = Path(__file__).resolve().parent.parent / "bundled" / "prompts.jsonl"
 ROLES = ("system", "user", "assistant", "tool", "developer")
@@ -74,7 +75,12 @@ def prompts_from_config(config: dict[str, Any]) -> list[Prompt]:
     path = prompt_set.get("path")
     if not isinstance(path, str) or not path:
         raise InputError("There are no prompts: give prompts=[…] or prompt_set.path=<file.jsonl>.")
-    prompts = read_prompts(BUNDLED if path == "bundled" else Path(path).expanduser())
+    check_template(prompt_set.get("template"))
+    file = BUNDLED if path == "bundled" else Path(path).expanduser()
+    if prompt_set.get("where") and not file.exists():
+        raise InputError(f"There is no prompt file {str(file)!r} in {str(Path.cwd())!r}: get it from "
+                         f"{prompt_set['where']} and give its place with prompt_set.path=….")
+    prompts = read_prompts(file, prompt_set.get("template"))
     chosen = select(prompts, prompt_set.get("limit"), prompt_set.get("per_category"))
     if not chosen:
         raise InputError("prompt_set.limit leaves no prompt: give 1 or more, or null for all.")
@@ -95,8 +101,11 @@ def prompts_from_list(given: Any) -> list[Prompt]:
     return _unique(prompts, [f"prompts[{index}]" for index in range(len(prompts))])
 
 
-def read_prompts(path: Path) -> list[Prompt]:
-    """Every prompt of a JSON-lines file (also gzipped), in its order. Errors name the line."""
+def read_prompts(path: Path, template: str | None = None) -> list[Prompt]:
+    """Every prompt of a JSON-lines file (also gzipped) or a CSV file (.csv, .tsv), in its order. Errors name the line.
+
+    template: of translation pairs (prompt_files.our_fields).
+    """
     if not path.exists():
         raise InputError(
             f"There is no prompt file {str(path)!r}: give prompt_set.path a JSON-lines file "
@@ -109,6 +118,15 @@ def read_prompts(path: Path) -> list[Prompt]:
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"The prompt file {str(path)!r} cannot be read: {error}.") from None
     prompts, places = [], []
+    if path.suffix in (".csv", ".tsv"):
+        try:
+            table = content.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: byte {error.start + 1} is not UTF-8: save the file as UTF-8.") from None
+        for number, record in csv_records(table, str(path), "," if path.suffix == ".csv" else "\t"):
+            places.append(f"{path}, line {number}")
+            prompts.append(_prompt(our_fields(record, template), places[-1], str(number)))
+        content = b""
     for number, raw in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         place = f"{path}, line {number}"
         try:
@@ -117,7 +135,7 @@ def read_prompts(path: Path) -> list[Prompt]:
             raise InputError(f"{place}: byte {error.start + 1} is not UTF-8: save the file as UTF-8.") from None
         if not line:
             continue
-        prompts.append(_prompt(_json(line, place), place, str(number)))
+        prompts.append(_prompt(our_fields(_json(line, place), template), place, str(number)))
         places.append(place)
     if not prompts:
         raise InputError(
