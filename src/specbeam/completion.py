@@ -10,9 +10,11 @@ from typing import Any
 from specbeam.errors import InputError
 
 CONF = Path(__file__).resolve().parent / "conf"
-CONFIGS = {"compare": "config.yaml", "generate": "generate.yaml", "audit": "audit.yaml"}
+CONFIGS = {"compare": "config.yaml", "generate": "generate.yaml", "audit": "audit.yaml",
+           "forecast": "forecast.yaml"}
 SHELLS = ("bash", "zsh")
 _FLAGS = {"compare": ("--multirun", "--cfg", "--help"), "generate": ("--cfg", "--help"), "audit": ("--cfg", "--help"),
+          "forecast": ("--cfg", "--help"),
           "report": ("--figures", "--output", "--help")}
 
 _BASH = """\

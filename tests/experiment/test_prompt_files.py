@@ -23,8 +23,8 @@ def written(path: Path, *records: dict) -> Path:
 
 
 def test_humaneval(tmp_path: Path) -> None:
-    line = {"task_id": "HumanEval/0", "prompt": "def f(x):\n", "entry_point": "f", "canonical_solution": "    return x\n",
-            "test": "assert f(1) == 1"}
+    line = {"task_id": "HumanEval/0", "prompt": "def f(x):\n", "canonical_solution": "    return x\n",
+            "entry_point": "f", "test": "assert f(1) == 1"}
     [prompt] = read_prompts(written(tmp_path / "HumanEval.jsonl.gz", line))
     assert prompt.id == "HumanEval-0" and prompt.turns == ("def f(x):\n",) and prompt.category == "code"
     assert prompt.references_of(0) == ["    return x\n"]
