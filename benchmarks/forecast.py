@@ -68,7 +68,7 @@ def main() -> None:
         everyone = [answer for batch in answers for answer in batch]
         forced = iter(forced_chances(target, draft, everyone, max(options.lengths), max_new_tokens=room))
         chances = [[next(forced) for _ in batch] for batch in answers]
-        costs = measure_costs(target, draft, everyone, options.lengths, size, 3, max_new_tokens=room)
+        costs = measure_costs(target, draft, everyone, options.lengths, size, 6, max_new_tokens=room)
 
         seconds, traces = defaultdict(list), {}
         for repeat in range(options.repeats):
