@@ -81,7 +81,7 @@ def test_what_makes_no_sense_is_said_in_one_sentence(tmp_path: Path) -> None:
     assert "{source}" in refusal(check_template, "Translate:")
 
 
-@pytest.mark.parametrize("name", ["spec_bench", "mt_bench", "humaneval", "gsm8k", "translation", "csv", "jsonl"])
+@pytest.mark.parametrize("name", ["spec_bench", "mt_bench", "humaneval", "gsm8k", "translation"])
 def test_a_set_that_is_not_on_disk_says_where_to_get_it(name, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     assert cli.main(["compare", f"prompt_set={name}"]) == 2
