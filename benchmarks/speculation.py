@@ -5,7 +5,8 @@
 Bundled pair and prompts. Speed-ups are medians over prompts of ratios inside one round, interleaved; decode time only
 (transformers' prefill is left out too); every timed answer is checked against eager's. The formula is that of
 docs: (1 - α^(γ+1)) / (1 - α) tokens a round ÷ (γ · draft step + verifying γ + 1) in units of one plain step, with the
-acceptance α of the run and steps measured alone. Prints a table, writes outputs/benchmarks/speculation.json.
+acceptance α of the run and the steps' costs measured beside it. Prints a table, writes
+outputs/benchmarks/speculation.json.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from specbeam.experiment.prompts import BUNDLED, read_prompts
 from specbeam.runners.choose import use_runner
 
 OUT = Path("outputs/benchmarks/speculation.json")
-PLAIN = "plain"
+PLAIN, LENGTHS = "plain", (1, 2, 3, 4, 6)
 
 
 def methods(length: int) -> dict[str, tuple[str, dict[str, Any]]]:
     """label → kind and options."""
     return {
         PLAIN: ("greedy", {}),
-        **{f"draft {n}": ("speculative", {"draft_length": n}) for n in (1, 2, 3, 4, 6)},
+        **{f"draft {n}": ("speculative", {"draft_length": n}) for n in LENGTHS},
         "draft auto": ("speculative", {"draft_length": "auto"}),
         "tree 2·1·1": ("speculative", {"branching": [2, 1, 1]}),
         "prompt lookup": ("speculative", {"drafter": "prompt_lookup"}),
@@ -57,23 +58,44 @@ def defaults(target: Any, draft: Any, ids: torch.Tensor, new: int) -> tuple[list
             times.append(time.perf_counter())
 
     out = target.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new,
-                          min_new_tokens=new, assistant_model=draft, streamer=Clock())
+                          assistant_model=draft, streamer=Clock())
     return out[0, ids.shape[1]:].tolist(), times[-1] - times[1]  # [0]: the prompt
 
 
-def step_seconds(model: Any, new: int, depth: int = 96, times: int = 40) -> float:
-    """One forward of `new` tokens below a chain of `depth`, and its logits' arg-max: median."""
-    with evaluating(model), torch.inference_mode():
-        tree = TokenTree(adapt(model), 1, depth + new * times)
-        _, nodes = tree.extend(tree.tips([0]), chain([[5] * depth], tree.device), last_only=True)
-        tips, seconds = nodes.pick(torch.tensor([[depth - 1]])), []
+class Chain:
+    """A model that reads tokens one below the other, and how long each forward with its arg-max took."""
+
+    def __init__(self, model: Any, depth: int = 96, room: int = 1000):
+        self.tree, self.seconds = TokenTree(adapt(model), 1, depth + room), []
+        _, nodes = self.tree.extend(self.tree.tips([0]), chain([[5] * depth], self.tree.device), last_only=True)
+        self.tips = nodes.pick(torch.tensor([[depth - 1]]))
+
+    def read(self, count: int) -> None:
+        start = time.perf_counter()
+        logits, nodes = self.tree.extend(self.tips, chain([[7] * count], self.tree.device))
+        logits.argmax(-1).tolist()
+        self.seconds.append(time.perf_counter() - start)
+        self.tips = nodes.pick(torch.tensor([[0]]))
+
+
+def costs(target: Any, draft: Any, lengths: tuple[int, ...], times: int = 30) -> dict[str, float]:
+    """Medians of a plain step of the target, and of a draft step and a verifying one in turn: each finds the
+    processor's caches full of the other's weights."""
+    found: dict[str, float] = {}
+    with evaluating(target, draft), torch.inference_mode():
+        plain = Chain(target)
         for _ in range(times):
-            start = time.perf_counter()
-            logits, nodes = tree.extend(tips, chain([[7] * new], tree.device))
-            logits.argmax(-1).tolist()
-            tips = nodes.pick(torch.tensor([[0]]))
-            seconds.append(time.perf_counter() - start)
-        return median(seconds)
+            plain.read(1)
+        found["step"] = median(plain.seconds)
+        for length in lengths:
+            drafting, verifying = Chain(draft), Chain(target)
+            for _ in range(times):
+                for _ in range(length):
+                    drafting.read(1)
+                verifying.read(length + 1)
+            found[f"draft {length}"], found[f"verify {length}"] = (sum(drafting.seconds) / len(drafting.seconds),
+                                                                   median(verifying.seconds))
+    return found
 
 
 def formula(acceptance: float, length: int, step: float, draft: float, verify: float) -> float:
@@ -100,7 +122,9 @@ def main() -> None:
             seen.add(prompt.category)
             asked.append(prompt.conversation(0))
     prompts = [specbeam.render_prompt(tokenizer, [one]).input_ids for one in asked]
-    options = {"max_new_tokens": chosen.new, "min_new_tokens": chosen.new}
+    options = {"max_new_tokens": chosen.new}
+    for model in (target, plain_target, draft):
+        model.generation_config.eos_token_id = None  # all answers have the same length
 
     wanted = [specbeam.greedy_generate(plain_target, prompt, **options).tokens[0] for prompt in prompts]
     labels = methods(chosen.length)
@@ -123,9 +147,8 @@ def main() -> None:
                 if turn >= 0:
                     seconds[label][number].append(took)
         if turn >= 0:
-            for name, model, new in (("step", target, 1), ("draft", draft, 1),
-                                     *((f"verify {n}", target, n + 1) for n in (1, 2, 3, 4, 6))):
-                steps.setdefault(name, []).append(step_seconds(model, new))
+            for name, value in costs(target, draft, LENGTHS).items():
+                steps.setdefault(name, []).append(value)
     cost = {name: median(values) for name, values in steps.items()}
 
     def times(label: str, base: str) -> float:
@@ -149,7 +172,7 @@ def main() -> None:
                 tried = kept + sum(one.accepted < one.drafted for one in rounds)
                 length = own["draft_length"]
                 row["acceptance"] = kept / max(tried, 1)
-                row["formula"] = formula(row["acceptance"], length, cost["step"], cost["draft"],
+                row["formula"] = formula(row["acceptance"], length, cost["step"], cost[f"draft {length}"],
                                          cost[f"verify {length}"])
                 row["of_formula"] = row["times_plain"] / row["formula"]
         rows.append(row)
@@ -157,7 +180,7 @@ def main() -> None:
     verifying = ", ".join(f"{int(name.split()[1]) + 1}: {1e3 * value:.2f}" for name, value in cost.items()
                           if name.startswith("verify"))
     print(f"{chosen.dtype}, runner {runner}, {len(prompts)} prompts; milliseconds: a plain step "
-          f"{1e3 * cost['step']:.2f}, a draft step {1e3 * cost['draft']:.2f}, verifying {verifying}")
+          f"{1e3 * cost['step']:.2f}, a draft step {1e3 * cost['draft 4']:.2f}, verifying {verifying}")
     print(f"{'':<36} tokens/s  × plain  × assisted  × its defaults  tokens/round  formula  of it  same")
     for row in rows:
         extra = "".join(f"{row[name]:{width}.2f}" if name in row else " " * width
