@@ -35,6 +35,8 @@ class Tips:
 
     def pick(self, index: Tensor) -> Tips:
         """Tips [rows, k] by their number in this set (index: [rows, k] long)."""
+        if index.shape[1] == self.depth.shape[1] == 1:
+            return self
         slots = self.visible.shape[2]
         visible = self.visible.gather(1, index[..., None].expand(-1, -1, slots))
         return Tips(visible, self.depth.gather(1, index), self.contiguous)
@@ -130,7 +132,9 @@ class TokenTree:
         new = block.tokens.shape[1]
         real = torch.arange(new, device=self.device) < block.lengths[:, None]
         slots = self._free_slots(tips, new)
-        seen = torch.nn.functional.pad(tips.visible, (0, self.cache.capacity - tips.visible.shape[2]))
+        seen, more = tips.visible, self.cache.capacity - tips.visible.shape[2]
+        if more:
+            seen = torch.nn.functional.pad(seen, (0, more))
         visible = seen.gather(1, block.tip[..., None].expand(-1, -1, seen.shape[2]))
         visible.scatter_(2, slots[:, None].expand(-1, new, -1), block.ancestors.expand(len(slots), -1, -1))
         positions = tips.depth.gather(1, block.tip) + block.depth
