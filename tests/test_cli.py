@@ -232,3 +232,7 @@ def test_the_answer_is_in_utf_8_whatever_the_terminal_says(pair: list[str]) -> N
     )  # fmt: skip
     assert done.returncode == 0, done.stderr.decode()
     assert "·" in done.stdout.decode("utf-8")
+
+
+def test_what_slips_through_hydra_is_one_sentence_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "must be a string or a list" in refusal(capsys, "compare", "draft=null")

@@ -29,9 +29,8 @@ def compose(name: str, overrides: list[str], *, open_top: bool = False) -> dict[
     group, and a sweep.
     """
     from hydra import compose as hydra_compose
-    from hydra.errors import HydraException, MissingConfigException
+    from hydra.errors import MissingConfigException
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     known = _known_keys(name) if overrides else []
     parsed = [line for override in overrides for line in _opened(override, known, open_top)]
@@ -40,7 +39,7 @@ def compose(name: str, overrides: list[str], *, open_top: bool = False) -> dict[
             config = OmegaConf.to_container(hydra_compose(name, overrides=parsed), resolve=True)
     except MissingConfigException as error:
         raise InputError(_unknown_option(error)) from None
-    except (HydraException, OmegaConfBaseException) as error:
+    except Exception as error:  # Hydra's own, and the ValueErrors and assertions that slip through it
         raise InputError(_one_sentence(error, overrides, known)) from None
     assert isinstance(config, dict)
     return {str(key): value for key, value in config.items()}
