@@ -14,6 +14,7 @@ _HOME = {
     "beam_generate": "specbeam.decoding.beam",
     "beam_sample_generate": "specbeam.decoding.beam_sample",
     "diverse_beam_generate": "specbeam.decoding.diverse_beam",
+    "generate_many": "specbeam.decoding.many",
     "greedy_generate": "specbeam.decoding.greedy",
     "sample_generate": "specbeam.decoding.sample",
     "speculative_beam_generate": "specbeam.decoding.speculative_beam",
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from specbeam.decoding.beam_sample import beam_sample_generate as beam_sample_generate
     from specbeam.decoding.diverse_beam import diverse_beam_generate as diverse_beam_generate
     from specbeam.decoding.greedy import greedy_generate as greedy_generate
+    from specbeam.decoding.many import generate_many as generate_many
     from specbeam.decoding.sample import sample_generate as sample_generate
     from specbeam.decoding.speculative import speculative_generate as speculative_generate
     from specbeam.decoding.speculative_beam import speculative_beam_generate as speculative_beam_generate

@@ -16,6 +16,7 @@ from typing import Any
 from specbeam import __version__
 from specbeam.errors import InputError
 
+OUTCOMES = {0: "done", 2: "refused"}
 CONF = Path(__file__).resolve().parent / "conf"
 COMMANDS = ("compare", "generate", "report", "audit", "forecast", "models", "doctor", "completion", "lm-eval")
 
@@ -44,7 +45,8 @@ Examples:
 COMPARE = """\
 specbeam compare [key=value …] [--multirun] [--cfg job]
 
-  --multirun    run every combination of values that commas separate (batch_size=1,4), each in its own folder
+  --multirun    run every combination of values that commas separate (batch_size=1,4), each in its own folder;
+                several at once with hydra/launcher=joblib, submitit_slurm or ray (docs/scaling.md)
   --cfg job     print the composed config and stop
 
 """
@@ -109,20 +111,33 @@ def _compare(arguments: list[str]) -> int:
     if "--help" in flags:
         return _help(COMPARE, "config.yaml")
     from specbeam.experiment.compose import compose, expand_sweeps
+    from specbeam.experiment.launch import launch, split_launcher
 
+    overrides, launcher = split_launcher(overrides)
+    if launcher and "--multirun" not in flags:
+        raise InputError(f"{launcher[0]!r} starts the jobs of a sweep: add --multirun.")
     jobs = expand_sweeps(overrides) if "--multirun" in flags else [overrides]
     configs = [compose("config", job) for job in jobs]
     if "--cfg" in flags:
         return _print_configs(configs)
-    _give_each_job_a_folder(configs)
+    _give_each_job_a_folder(configs, bool(launcher))
     from specbeam.experiment.plan import make_plan
     from specbeam.experiment.run import compare
 
-    console = _console()
-    if len(configs) > 1:
+    console = console_to()
+    if len(configs) > 1 or launcher:
         for config in configs:
             make_plan(config)  # no job starts when a later one makes no sense
     status = 0
+    if launcher:
+        ended = launch(configs, launcher, ["specbeam", "compare", *arguments])
+        for job, config, status_of_job in zip(jobs, configs, ended, strict=True):
+            console.print(f"{config['output_dir']}: {' '.join(job)}: {OUTCOMES.get(status_of_job, 'failed')}",
+                          highlight=False, markup=False, soft_wrap=True)  # fmt: skip
+        console.print(f"logs: {Path(configs[0]['output_dir']).parent}/<number>.log; one page of all: specbeam report "
+                      f"{' '.join(config['output_dir'] for config in configs)}",
+                      highlight=False, markup=False, soft_wrap=True)  # fmt: skip
+        return max(ended)
     for number, (job, config) in enumerate(zip(jobs, configs, strict=True), start=1):
         if len(jobs) > 1:
             console.rule(f"{number} of {len(jobs)}: {' '.join(job)}")
@@ -143,7 +158,7 @@ def _generate(arguments: list[str]) -> int:
         return _print_configs([config])
     from specbeam.experiment.generate import generate
 
-    return generate(positional[0], config, _console())
+    return generate(positional[0], config, console_to())
 
 
 def _forecast(arguments: list[str]) -> int:
@@ -158,7 +173,7 @@ def _forecast(arguments: list[str]) -> int:
         return _print_configs([config])
     from specbeam.experiment.forecasting import run_forecast
 
-    return run_forecast(config, ["specbeam", "forecast", *arguments], _console())
+    return run_forecast(config, ["specbeam", "forecast", *arguments], console_to())
 
 
 def _audit(arguments: list[str]) -> int:
@@ -172,7 +187,7 @@ def _audit(arguments: list[str]) -> int:
         return _print_configs([config])
     from specbeam.experiment.auditing import run_audit
 
-    return run_audit(config, _console())
+    return run_audit(config, console_to())
 
 
 def _report(arguments: list[str]) -> int:
@@ -186,7 +201,7 @@ def _report(arguments: list[str]) -> int:
     from specbeam.report.reporting import report
 
     output = values.get("--output")
-    return report([Path(folder) for folder in folders], _console(), values.get("--figures"),
+    return report([Path(folder) for folder in folders], console_to(), values.get("--figures"),
                   Path(output).expanduser() if output else None)
 
 
@@ -285,9 +300,9 @@ def _print_configs(configs: list[dict[str, Any]]) -> int:
     return 0
 
 
-def _give_each_job_a_folder(configs: list[dict[str, Any]]) -> None:
+def _give_each_job_a_folder(configs: list[dict[str, Any]], launched: bool) -> None:
     """Jobs of one sweep lie side by side, by number, so that the same sweep with output_dir resumes."""
-    if len(configs) < 2:
+    if len(configs) < 2 and not launched:
         return
     from specbeam.experiment.records import new_folder
 
@@ -300,11 +315,11 @@ def _give_each_job_a_folder(configs: list[dict[str, Any]]) -> None:
             config["output_dir"] = str(base / str(number))
 
 
-def _console() -> Any:
+def console_to(file: Any = None) -> Any:
     """Where tables go; also makes the notes of our own and others' code one line each, said once."""
     from rich.console import Console
 
-    console = Console()
+    console = Console(file=file, width=None if file is None else 120)
     said: set[str] = set()
 
     def say_once(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from specbeam.errors import InputError
+from specbeam.placement import check_placed, check_placement, placing
 from specbeam.runners import check_runner
 from specbeam.weights import free_memory, weight_bytes, weight_files
 
@@ -43,6 +44,9 @@ def load_model(
     runner: str = "auto",
     precision: str | None = None,
     trust_remote_code: bool = False,
+    device_map: str | dict[str, Any] | None = None,
+    tp_plan: str | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model in eval mode, without gradients, and its tokenizer.
 
@@ -50,13 +54,15 @@ def load_model(
     are read. dtype "auto" is float32 on a CPU and the checkpoint's own on a GPU; device "auto" is cuda, else mps, else
     cpu. `runner` and `precision` are those of `use_runner`. The tokenizer pads on the left and always has a pad token;
     the embeddings are never resized. The model's generation_config is the checkpoint's, except that nothing in it makes
-    `generate` compile.
+    `generate` compile. `device_map` (accelerate's) spreads the layers over devices, the CPU and `offload_folder`;
+    `tp_plan="auto"` splits them over the processes of torchrun; with either, `device` is only what dtype "auto" asks.
     Raises InputError, in one sentence.
     """
     check_runner(runner, precision)
+    check_placement(device_map, tp_plan, runner)
     place = resolve_device(device)
     kind = resolve_dtype(dtype, place)
-    checkpoint = _open(path, trust_remote_code)
+    checkpoint = replace(_open(path, trust_remote_code), placing=placing(device_map, tp_plan, offload_folder))
     return _load([checkpoint], kind, place, runner, precision, trust_remote_code)[0], checkpoint.tokenizer
 
 
@@ -69,14 +75,19 @@ def load_pair(
     runner: str = "auto",
     precision: str | None = None,
     trust_remote_code: bool = False,
+    device_map: str | dict[str, Any] | None = None,
+    tp_plan: str | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]:
     """Target, draft and the target's tokenizer, loaded as `load_model` does; "bundled" as draft is the bundled draft.
+
+    `device_map`, `tp_plan` and `offload_folder` place the target; the draft lies whole on `device`.
 
     Raises InputError, before any weight is read, when the two do not share a vocabulary.
     """
     target_model, draft_model, tokenizer, _ = load_pair_with_tokenizers(
         target, draft, same_vocabulary=True, dtype=dtype, device=device, runner=runner, precision=precision,
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=trust_remote_code, device_map=device_map, tp_plan=tp_plan, offload_folder=offload_folder,
     )  # fmt: skip
     return target_model, draft_model, tokenizer
 
@@ -91,15 +102,19 @@ def load_pair_with_tokenizers(
     runner: str = "auto",
     precision: str | None = None,
     trust_remote_code: bool = False,
+    device_map: str | dict[str, Any] | None = None,
+    tp_plan: str | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
     """Target, draft and the tokenizer of each, for `speculative_generate(vocabulary=…)`: they may differ unless
     `same_vocabulary`. Otherwise as `load_pair`."""
     require_draft(target, draft, ["load_pair"])
     assert draft is not None
     check_runner(runner, precision)
+    check_placement(device_map, tp_plan, runner)
     place = resolve_device(device)
     kind = resolve_dtype(dtype, place)
-    ours = _open(target, trust_remote_code)
+    ours = replace(_open(target, trust_remote_code), placing=placing(device_map, tp_plan, offload_folder))
     theirs = _open("bundled-draft" if draft == "bundled" else draft, trust_remote_code)
     if same_vocabulary:
         check_same_vocabulary(ours.tokenizer, theirs.tokenizer, ours.config, theirs.config)
@@ -221,6 +236,7 @@ class _Checkpoint:
     repo: str | None
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
+    placing: dict[str, Any] = field(default_factory=dict)  # on several devices; empty: whole on one
 
 
 def _open(path: str | os.PathLike[str], trust_remote_code: bool) -> _Checkpoint:
@@ -314,8 +330,8 @@ def _load(
         weight_files(checkpoint.name, checkpoint.folder)
     _check_memory(checkpoints, dtype, device)
     loaded = [_load_weights(checkpoint, dtype, device, trust_remote_code) for checkpoint in checkpoints]
-    for model in loaded:
-        want_runner(model, runner, precision)
+    for checkpoint, model in zip(checkpoints, loaded, strict=True):
+        want_runner(model, "eager" if checkpoint.placing else runner, None if checkpoint.placing else precision)
     return loaded
 
 
@@ -340,6 +356,7 @@ def _load_weights(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             **options,
+            **checkpoint.placing,
         )
         model, report = loaded
         if absent := sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}):
@@ -348,7 +365,10 @@ def _load_weights(
                 f"{f' and {len(absent) - 1} more' if absent[1:] else ''} of {type(model).__name__}, so it is not a "
                 "complete causal language model: give a checkpoint that is."
             )
-        model = model.to(device)
+        if checkpoint.placing:
+            check_placed(checkpoint.name, model)
+        else:
+            model = model.to(device)
     except InputError:
         raise
     except (MemoryError, torch.OutOfMemoryError) as error:
@@ -373,6 +393,7 @@ def _unreadable(what: str, name: str, error: Exception) -> InputError:
 
 
 def _check_memory(checkpoints: Sequence[_Checkpoint], dtype: torch.dtype | Literal["auto"], device: str) -> None:
+    checkpoints = [checkpoint for checkpoint in checkpoints if not checkpoint.placing]
     itemsize = None if isinstance(dtype, str) else dtype.itemsize
     sizes = [
         weight_bytes(checkpoint.name, checkpoint.folder, itemsize, getattr(checkpoint.config, "dtype", None))

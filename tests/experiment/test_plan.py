@@ -30,6 +30,8 @@ CONFIG: dict[str, Any] = {
     "seed": 0,
     "device": "cpu",
     "dtype": "auto",
+    "executor": "local",
+    "ray": {"address": None, "actors": None, "cpus_per_actor": 1, "timeout_seconds": 60},
     "debug": {"render_input_text": False},
     "wandb": {"mode": "offline", "project": "specbeam"},
     "output_dir": None,

@@ -323,3 +323,19 @@ def test_search_trees_are_kept_for_the_first_repeat_and_hold_the_answers(pair, t
 def test_without_trace_there_is_no_beams_file(pair, tmp_path):
     assert compare(tmp_path / "run", *pair, "only=[beam]", "prompts=['Why?']", "trace=false", "repeats=1") == 0
     assert not (tmp_path / "run" / "beams.jsonl").exists()
+
+
+def test_a_cell_may_hold_more_prompts_than_run_at_once(pair: list[str], tmp_path: Path) -> None:
+    """Ours replace a row that ends by the next prompt; the others answer batch after batch. The tokens are the same,
+    and every method's seconds are counted once for each of its batches."""
+    labels = "only=[greedy,speculative,beam,transformers_greedy,transformers_assisted]"
+    asked = "prompts=" + json.dumps([f"Fox {'and owl ' * n}" for n in range(5)])
+    assert compare(tmp_path / "one", *pair, labels, asked, "repeats=1") == 0
+    assert compare(tmp_path / "many", *pair, labels, asked, "repeats=1", "batch_size=2", "prompts_per_cell=5") == 0
+    assert tokens_of(tmp_path / "many") == tokens_of(tmp_path / "one")
+    batches = {label: {row["batch_id"] for row in rows_of(tmp_path / "many") if row["method"] == label}
+               for label in ("greedy", "speculative", "beam", "transformers_greedy", "transformers_assisted")}
+    assert [len(ids) for ids in batches.values()] == [1, 1, 3, 3, 5]
+    for row in rows_of(tmp_path / "many"):
+        same = [r for r in rows_of(tmp_path / "many") if r["batch_id"] == row["batch_id"]]
+        assert {r["decode_seconds"] for r in same} == {row["decode_seconds"]}

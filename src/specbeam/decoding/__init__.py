@@ -18,6 +18,7 @@ class Method:
     family: str  # what it may be compared with: greedy | sample | beam | beam_sample | diverse_beam | stochastic_beam
     speculates: bool = False  # wants a draft model
     batched: bool = True  # False: rows of a batch run one after the other
+    refills: bool = False  # takes `batch_size`: a row that ends makes room for the next prompt
     options: tuple[str, ...] = ()  # own options, beside transformers' GenerationConfig names
 
     def load(self) -> Callable:
@@ -28,9 +29,9 @@ class Method:
 _PEER = "specbeam.baselines.transformers_generate"
 
 METHODS: dict[str, Method] = {
-    "greedy": Method("specbeam.decoding.greedy:greedy_generate", "greedy"),
-    "sample": Method("specbeam.decoding.sample:sample_generate", "sample"),
-    "speculative": Method("specbeam.decoding.speculative:speculative_generate", "greedy", speculates=True,
+    "greedy": Method("specbeam.decoding.greedy:greedy_generate", "greedy", refills=True),
+    "sample": Method("specbeam.decoding.sample:sample_generate", "sample", refills=True),
+    "speculative": Method("specbeam.decoding.speculative:speculative_generate", "greedy", speculates=True, refills=True,
                           options=("draft_length", "confidence_threshold", "costs", "drafter", "acceptance",
                                    "branching", "tree_nodes", "tree_width", "ngram", "branches", "corpus", "exit_layer",
                                    "min_match", "vocabulary")),
@@ -57,6 +58,11 @@ SAMPLED_FAMILIES = ("sample", "beam_sample", "stochastic_beam")  # outputs of tw
 
 
 PEERS = ("transformers_", "openai_")  # how the kinds begin that are not ours
+
+
+def at_once(method: Method, prompts: int, batch_size: int) -> int:
+    """How many prompts one call of a method takes, when `batch_size` of them may run together."""
+    return prompts if method.refills else batch_size if method.batched else 1
 
 
 def method_family(kind: str, settings: dict) -> str:

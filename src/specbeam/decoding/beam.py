@@ -275,7 +275,7 @@ def search(target: PreTrainedModel, request: Request, states: Sequence[State], w
                 found[row] = states[i].hypotheses(count)
                 batch.finish(row, found[row][0], list(range(len(found[row][0].tokens))))
         if start is None:
-            batch.prefill_done()
+            batch.prefill_done(batch.live)
             for state in batch.rows:
                 state.first_tokens = 1
         stay = batch.retire()

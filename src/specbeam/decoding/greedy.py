@@ -1,6 +1,7 @@
 """Greedy decoding: the most probable token, every time. The plain method that speculation is measured against.
 
-Idea: prefill the prompt, then one token a forward. Rows of a batch are ragged and leave when they end.
+Idea: prefill the prompt, then one token a forward. Rows of a batch are ragged and leave when they end; with
+`batch_size` the next prompt takes the place of a row that left (as in Orca's iteration-level scheduling, OSDI 2022).
 Exact: the tokens of `transformers.generate(do_sample=False)`; in a batch, those of each prompt alone.
 """
 
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 from specbeam.decoding.request import Request, settle
 from specbeam.decoding.rows import Batch
 from specbeam.engine.support import adapt, check_lengths, evaluating
-from specbeam.engine.tree import TokenTree, chain
+from specbeam.engine.tree import chain, read_prompts
 from specbeam.sampling import process
 from specbeam.trace import GenerationOutput
 
@@ -28,7 +29,8 @@ def greedy_generate(target: PreTrainedModel, input_ids: Tensor | Sequence[Tensor
 
     input_ids: [rows, length] long, padded on either side as `attention_mask` says, or a list of 1-D tensors.
     options: any GenerationConfig name (`max_new_tokens`, `eos_token_id`, `repetition_penalty`, …); also `tokenizer`
-    (for `stop_strings`), `streamer`, `logits_processor`, `stopping_criteria`, `generation_config`.
+    (for `stop_strings`), `streamer`, `logits_processor`, `stopping_criteria`, `generation_config`, and
+    `batch_size`, how many rows run at once (None: all).
     Raises InputError for options that cannot be honoured and for prompts beyond the context.
     """
     request = settle(target, input_ids, attention_mask, sampled=False, **options)
@@ -42,34 +44,39 @@ def decode_plainly(target: PreTrainedModel, request: Request, choose: Choose) ->
     adapter = adapt(target)
     lengths = [len(row.prompt) for row in request.rows]
     check_lengths(adapter, lengths, [row.max_new_tokens for row in request.rows])
-    batch = Batch(request, target)
-    tree = TokenTree(adapter, len(lengths), max(lengths) + max(row.max_new_tokens for row in request.rows))
+    batch, capacity = Batch(request, target), max(lengths) + max(row.max_new_tokens for row in request.rows)
 
-    # What every live row has not read: at first the prompt, then the last token.
-    unread, tips = chain([row.prompt for row in request.rows], tree.device), tree.tips([0] * len(lengths))
-    while batch.live:
-        start = batch.clock.mark()
-        logits, nodes = tree.extend(tips, unread, last_only=True)
-        verified = batch.clock.mark()
-        batch.phases["verify"].append((start, verified))
-        scores = process(logits, [request.rows[row].processors for row in batch.live],
-                         lambda i, _: batch.rows[batch.live[i]].sequence)[:, 0]
-        chosen = choose(scores, batch.live)
-        tokens = chosen.tolist()
-
-        prefill = not batch.rows[batch.live[0]].tokens
-        for row, token in zip(batch.live, tokens, strict=True):
+    def answer(logits: Tensor, rows: list[int]) -> Tensor:
+        scores = process(logits, [request.rows[row].processors for row in rows],
+                         lambda i, _: batch.rows[rows[i]].sequence)[:, 0]
+        tokens = choose(scores, rows)
+        for row, token in zip(rows, tokens.tolist(), strict=True):
             batch.commit(row, [token], ["plain"])
-            if not prefill:
-                batch.round_done(row, start, [], 0, 1)
-        batch.phases["accept"].append((verified, batch.clock.mark()))
-        if prefill:
-            batch.prefill_done()
-            batch.phases = {name: [] for name in batch.phases}
-        tips = nodes.pick(unread.lengths[:, None] - 1)
-        stay = batch.retire()
+        return tokens
+
+    new, start = list(batch.live), None  # rows whose prompts are unread
+    while True:
+        if new:
+            fresh, its, logits = read_prompts(adapter, [request.rows[row].prompt for row in new], capacity)
+            first = answer(logits, new)
+            batch.prefill_done(new, start)
+            if len(new) == len(batch.live):
+                tree, tips, last = fresh, its, first
+            else:
+                tips, last = tree.join(tips, fresh, its), torch.cat([last, first])
+        start, stay = batch.clock.mark(), batch.retire()
+        new = batch.admit()
+        if not batch.live:
+            return batch.output()
         if stay:
             kept = tree.keep_rows(stay)
-            tips, chosen = tips.rows(kept), chosen[kept]
-        unread = chain(chosen[:, None], tree.device)
-    return batch.output()
+            tips, last = tips.rows(kept), last[kept]
+        if new:
+            continue
+        logits, tips = tree.extend(tips, chain(last[:, None], tree.device), last_only=True)
+        verified = batch.clock.mark()
+        batch.phases["verify"].append((start, verified))
+        last = answer(logits, batch.live)
+        for row in batch.live:
+            batch.round_done(row, start, [], 0, 1)
+        batch.phases["accept"].append((verified, batch.clock.mark()))

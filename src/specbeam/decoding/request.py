@@ -59,12 +59,13 @@ class Request:
     stopping: StoppingCriteriaList  # beside EOS and length
     streamer: Any
     trace: bool  # keep the tree of a beam search
+    batch_size: int | None = None  # rows that run at once; None: all
 
 
 def settle(
     target: Any, input_ids: Tensor | Sequence[Tensor] | Request, attention_mask: Tensor | None, *,
     sampled: bool, beams: tuple[int, int] = (1, 1), seed: int | Sequence[int] = 0, tokenizer: Any = None,
-    streamer: Any = None, trace: bool = False, searches: bool = False,
+    streamer: Any = None, trace: bool = False, searches: bool = False, batch_size: int | None = None,
     logits_processor: LogitsProcessorList | None = None, stopping_criteria: StoppingCriteriaList | None = None,
     prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None = None,
     generation_config: GenerationConfig | None = None, **options: Any,
@@ -80,6 +81,9 @@ def settle(
     if trace not in (True, False) or (trace and beams[0] == 1 and not searches):
         raise InputError(f"trace is {trace!r}: true keeps the search tree of beam search with two beams or more; other "
                          "methods have none.")
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1 or beams[0] > 1 or searches):
+        raise InputError(f"batch_size is {batch_size!r}: give how many rows run at once, at least 1; beam search runs "
+                         "all of its rows together.")
     if streamer is not None and len(prompts) > 1:
         raise InputError(f"streamer was given with a batch of {len(prompts)} prompts, whose rows grow at different "
                          "speeds: stream one prompt at a time.")
@@ -122,7 +126,7 @@ def settle(
     if stopping.stop_strings is not None and tokenizer is None:
         raise InputError(f"stop_strings={stopping.stop_strings!r} needs tokenizer=…, to know how tokens spell them.")
     criteria = target._get_stopping_criteria(stopping, stopping_criteria or StoppingCriteriaList(), tokenizer)
-    return Request(rows, config, eos, criteria, streamer, trace)
+    return Request(rows, config, eos, criteria, streamer, trace, batch_size)
 
 
 def _allowed(asked: Callable[[int, Tensor], list[int]], row: int, _: int, ids: Tensor) -> list[int]:

@@ -59,18 +59,23 @@ class RowState:
 
 
 class Batch:
-    """All rows, and which of them still run. A method asks `live` and calls `commit`; `output` is its result."""
+    """All rows, and which of them run. A method asks `live` and calls `commit`; `output` is its result.
+
+    With `batch_size`, so many run at once; the others wait, and `admit` gives them the places of those that ended.
+    """
 
     def __init__(self, request: Request, target: PreTrainedModel):
         self.request = request
         self.rows = [RowState(row.prompt, row.max_new_tokens) for row in request.rows]
-        self.live = list(range(len(self.rows)))
+        self.live: list[int] = []
+        self.waiting = list(range(len(self.rows)))
+        self.admit()
         self.clock = Clock(target.device)
         self.device = target.device
-        self.phases: dict[str, list[tuple[Any, Any]]] = {"draft": [], "verify": [], "accept": []}
+        self.phases: dict[str, list[tuple[Any, Any]]] = {
+            name: [] for name in ("prefill", "draft", "verify", "accept")}
         self.watched: list[tuple[dict[int, int], Any]] = []  # beam steps, for the search tree
         self.started = self.clock.mark()
-        self.prefilled = self.started
         if request.streamer is not None:
             request.streamer.put(torch.tensor([request.rows[0].prompt]))
 
@@ -111,11 +116,19 @@ class Batch:
             rounds = {row: len(self.rows[row].rounds) + (self.rows[row].first_tokens > 0) for row in live}
             self.watched.append((rounds, ranked))
 
-    def prefill_done(self) -> None:
-        """The first new tokens are known (and on the host): everything from here on is decoding."""
-        self.prefilled = self.clock.mark()
-        for state in self.rows:
-            state.first_tokens = len(state.tokens)
+    def admit(self) -> list[int]:
+        """The waiting rows that have a place now. They are live, behind the others, and their prompts unread."""
+        room = (self.request.batch_size or len(self.rows)) - len(self.live)
+        new, self.waiting = self.waiting[:room], self.waiting[room:]
+        self.live += new
+        return new
+
+    def prefill_done(self, rows: Sequence[int], start: Any = None) -> None:
+        """The first new tokens of these rows are known (and on the host): from here on they decode. start: when their
+        turn came (None: when the batch began)."""
+        self.phases["prefill"].append((start or self.started, self.clock.mark()))
+        for row in rows:
+            self.rows[row].first_tokens = len(self.rows[row].tokens)
 
     def round_done(self, row: int, start: Any, proposed: Sequence[int], accepted: int, committed: int,
                    parents: Sequence[int] = (), drafter: str = "plain", why: str = "") -> None:
@@ -143,8 +156,8 @@ class Batch:
                 prompt_tokens=len(row.prompt), first_tokens=row.first_tokens,
                 rounds=tuple(replace(done, seconds=self.clock.seconds(start, end)) for start, end, done in row.rounds),
                 sources=tuple(row.sources), token_rounds=tuple(row.token_rounds),
-                prefill_seconds=self.clock.seconds(self.started, self.prefilled),
-                decode_seconds=self.clock.seconds(self.prefilled, ended),
+                prefill_seconds=seconds["prefill"],
+                decode_seconds=self.clock.seconds(self.started, ended) - seconds["prefill"],
                 draft_seconds=seconds["draft"] if drafts else None, verify_seconds=seconds["verify"],
                 accept_seconds=seconds["accept"] if self.phases["accept"] else None)
             for row in self.rows], search_trees(self.watched, len(self.rows)) if self.watched else None)

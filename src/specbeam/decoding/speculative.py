@@ -11,6 +11,7 @@ Every row of a batch accepts by itself; nobody waits for the slowest.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from specbeam.decoding.rows import Batch
 from specbeam.drafting import Proposal, Settings, make_drafter
 from specbeam.drafting.length import Length
 from specbeam.engine.support import adapt, check_lengths, evaluating
-from specbeam.engine.tree import Block, TokenTree, branches, chain
+from specbeam.engine.tree import Block, branches, chain, read_prompts
 from specbeam.errors import InputError
 from specbeam.sampling import process, uniforms
 from specbeam.trace import GenerationOutput
@@ -80,31 +81,35 @@ def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
     check_lengths(adapter, lengths, room)
     if draft is not None:
         adapt(draft)  # a first probe is not part of anyone's prefill
-    batch = Batch(request, target)
-    tree = TokenTree(adapter, len(lengths), max(lengths) + max(room) + settings.most_nodes)
-
-    unread = chain([row.prompt for row in request.rows], tree.device)
-    logits, nodes = tree.extend(tree.tips([0] * len(lengths)), unread, last_only=True)
-    tips = nodes.pick(unread.lengths[:, None] - 1)
-    drafter = make_drafter(settings, target, draft, request, logits.shape[-1])
-    length = Length(settings, target, draft, len(lengths))
-    drafter.observe([row.prompt[-1:] for row in request.rows], logits)
-    _, first = _choose(request, batch, logits, None, settings.acceptance)
-    for row, token in zip(batch.live, first, strict=True):
-        batch.commit(row, [token], ["plain"])
-    batch.prefill_done()
-
+    batch, capacity = Batch(request, target), max(lengths) + max(room) + settings.most_nodes
+    length = Length(settings, target, draft, len(batch.live))
+    new, start = list(batch.live), None  # rows whose prompts are unread
     while True:
-        stay = batch.retire()
+        if new:
+            fresh, its, logits = read_prompts(adapter, [request.rows[row].prompt for row in new], capacity)
+            part = replace(request, rows=[request.rows[row] for row in new])
+            theirs = make_drafter(settings, target, draft, part, logits.shape[-1])
+            theirs.observe([row.prompt[-1:] for row in part.rows], logits)
+            _, first = _choose(request, batch, new, logits, None, settings.acceptance)
+            for row, token in zip(new, first, strict=True):
+                batch.commit(row, [token], ["plain"])
+            batch.prefill_done(new, start)
+            if len(new) == len(batch.live):
+                tree, tips, drafter = fresh, its, theirs
+            else:
+                tips = tree.join(tips, fresh, its)
+                drafter.join(theirs)
+        start, stay = batch.clock.mark(), batch.retire()
+        new = batch.admit()
         if not batch.live:
             return batch.output(drafts=True)
         if stay:
             tips = tips.rows(tree.keep_rows(stay))
             drafter.keep_rows(stay)
-            length.keep_rows(stay)
+        if new:
+            continue
+        length.keep_rows(batch.live)
         states = [batch.rows[row] for row in batch.live]
-
-        start = batch.clock.mark()
         # The last token of an answer is never worth a proposal behind it.
         limits = length.limits([min(settings.depth, state.remaining - 1) for state in states])
         proposal = None
@@ -119,7 +124,7 @@ def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
         verified = batch.clock.mark()
         batch.phases["verify"].append((drafted, verified))
 
-        paths, following = _choose(request, batch, logits, proposal, settings.acceptance)
+        paths, following = _choose(request, batch, batch.live, logits, proposal, settings.acceptance)
         tips = nodes.pick(torch.tensor([[path[-1] + 1 if path else 0] for path in paths], device=tree.device))
         became = []
         for i, (row, path) in enumerate(zip(batch.live, paths, strict=True)):
@@ -156,13 +161,13 @@ def _block(last: Sequence[int], proposal: Proposal | None, device: torch.device)
                      for row, parents in zip(ids, proposal.parents, strict=True)], device)
 
 
-def _choose(request: Request, batch: Batch, logits: Tensor, proposal: Proposal | None, acceptance: str
-            ) -> tuple[list[list[int]], list[int]]:
-    """The proposals that each live row keeps, and the target's token that follows them.
+def _choose(request: Request, batch: Batch, live: Sequence[int], logits: Tensor, proposal: Proposal | None,
+            acceptance: str) -> tuple[list[list[int]], list[int]]:
+    """The proposals that each of these rows keeps, and the target's token that follows them.
 
     logits: [live, 1 + longest, vocabulary], after the committed text and after each proposal.
     """
-    rows = [request.rows[row] for row in batch.live]
+    rows = [request.rows[row] for row in live]
     none: list[list[int]] = [[] for _ in rows]
     tokens, parents = (none, none) if proposal is None else (proposal.tokens, proposal.parents)
 
@@ -171,7 +176,7 @@ def _choose(request: Request, batch: Batch, logits: Tensor, proposal: Proposal |
         while 0 <= at < len(tokens[row]):
             steps.append(tokens[row][at])
             at = parents[row][at]
-        return [*batch.rows[batch.live[row]].sequence, *reversed(steps)]
+        return [*batch.rows[live[row]].sequence, *reversed(steps)]
 
     p = process(logits, [row.processors for row in rows], path)
     if not request.config.do_sample:

@@ -91,7 +91,7 @@ def _search(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
     for i, row in enumerate(batch.live):
         rounds[row].append(0)
         _finish(batch, beams[i], row, over[i], found, rounds, num_return_sequences)
-    batch.prefill_done()
+    batch.prefill_done(batch.live)
     for state in batch.rows:
         state.first_tokens = 1
 

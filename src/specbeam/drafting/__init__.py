@@ -60,6 +60,9 @@ class Drafter(Protocol):
 
     def keep_rows(self, rows: Sequence[int]) -> None: ...
 
+    def join(self, more: Any) -> None:
+        """Go on with the rows of another of its kind too, behind these."""
+
 
 DRAFTERS = {  # name → module; each module has make(settings, target, draft, request, vocabulary) → Drafter
     "draft_model": "specbeam.drafting.draft_model",

@@ -63,6 +63,10 @@ class Combined:
         self.matches.keep_rows(rows)
         self.second.keep_rows(rows)
 
+    def join(self, more: Combined) -> None:
+        self.matches.join(more.matches)
+        self.second.join(more.second)
+
 
 def points(q: Tensor, chains: Sequence[Sequence[int]], drawn: Sequence[bool]) -> Tensor:
     """q [rows, ≥ longest, vocabulary]: as it is for rows that were drawn, probability one for the tokens of chains

@@ -87,6 +87,10 @@ class OtherVocabulary(DraftModel):
         super().keep_rows(rows)
         self.written = [self.written[row] for row in rows]
 
+    def join(self, more: OtherVocabulary) -> None:  # type: ignore[override]
+        super().join(more)
+        self.written = self.written + more.written
+
 
 class Intersection(OtherVocabulary):
     """TLI. Proposals, q and what the processors see are in the target's ids."""

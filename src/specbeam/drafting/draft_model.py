@@ -180,6 +180,10 @@ class DraftModel:
         self.tips = self.tips.rows(kept)
         self.rows, self.read = [self.rows[i] for i in rows], [self.read[i] for i in rows]
 
+    def join(self, more: DraftModel) -> None:
+        self.tips = self.tree.join(self.tips, more.tree, more.tips)
+        self.rows, self.read = self.rows + more.rows, self.read + more.read
+
     def _texts(self, sequences: Sequence[list[int]]) -> Sequence[list[int]]:
         """Committed texts in the draft's tokens."""
         return sequences

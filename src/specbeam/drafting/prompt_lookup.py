@@ -85,6 +85,9 @@ class PromptLookup:
     def keep_rows(self, rows: Sequence[int]) -> None:
         self.indices = [self.indices[row] for row in rows]
 
+    def join(self, more: PromptLookup) -> None:
+        self.indices = self.indices + more.indices
+
 
 def carry_on(text: Sequence[int], place: int, limit: int, vocabulary: int) -> list[int]:
     """What stands from `place` on, at most `limit` tokens; past the end of the text, what was copied goes round.

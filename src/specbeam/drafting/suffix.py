@@ -121,6 +121,9 @@ class Suffix:
     def keep_rows(self, rows: Sequence[int]) -> None:
         self.rows = [self.rows[row] for row in rows]
 
+    def join(self, more: Suffix) -> None:
+        self.rows = self.rows + more.rows
+
 
 def grow(corpus: Automaton, counts: Sequence[int], state: int, limit: int, nodes: int, vocabulary: int
          ) -> tuple[list[int], list[int]]:

@@ -82,6 +82,9 @@ class TokenRecycling:
     def keep_rows(self, rows: Sequence[int]) -> None:
         self.tables = [self.tables[row] for row in rows]
 
+    def join(self, more: TokenRecycling) -> None:
+        self.tables = self.tables + more.tables
+
 
 def grow(table: Table, roots: Sequence[tuple[float, int]], limit: int, nodes: int) -> tuple[list[int], list[int]]:
     """The `nodes` cheapest nodes below the roots (cost, token), at most `limit` deep: tokens and parents (-1 - i: the

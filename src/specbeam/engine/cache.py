@@ -57,6 +57,11 @@ class SlotLayer(CacheLayerMixin):
         self.keys = self.keys[index.to(self.keys.device)]
         self.values = self.values[index.to(self.values.device)]
 
+    def join(self, more: SlotLayer) -> None:
+        assert self.keys is not None and self.values is not None
+        self.keys = torch.cat([self.keys, more.keys])  # type: ignore[list-item]
+        self.values = torch.cat([self.values, more.values])  # type: ignore[list-item]
+
     def get_seq_length(self) -> int:
         return self.cache.length_when_asked()
 
@@ -112,3 +117,9 @@ class SlotCache(Cache):
         self.rows = self.rows[: len(index)]
         for layer in self.layers:
             layer.keep_rows(index)
+
+    def join(self, more: SlotCache) -> None:
+        """Go on with another batch's rows too, behind these; both have the same capacity."""
+        self.rows = torch.arange(len(self.rows) + len(more.rows), device=self.rows.device)[:, None]
+        for mine, its in zip(self.layers, more.layers, strict=True):
+            mine.join(its)

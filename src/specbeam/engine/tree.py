@@ -156,6 +156,18 @@ class TokenTree:
         self.position_of = self.position_of[index]
         return index
 
+    def join(self, tips: Tips, more: TokenTree, its: Tips) -> Tips:
+        """Take in the rows of another tree of this model, behind these; all their tips."""
+        capacity = max(self.cache.capacity, more.cache.capacity)
+        for tree in (self, more):
+            if tree.cache.capacity < capacity:
+                tree._resize(capacity)
+        self.cache.join(more.cache)
+        self.position_of = torch.cat([self.position_of, more.position_of])
+        self.high = max(self.high, more.high)
+        seen = [torch.nn.functional.pad(t.visible, (0, capacity - t.visible.shape[2])) for t in (tips, its)]
+        return Tips(torch.cat(seen), torch.cat([tips.depth, its.depth]), tips.contiguous and its.contiguous)
+
     def _free_slots(self, tips: Tips, new: int) -> Tensor:
         """[rows, new] long: the first slots that no tip sees; tells the cache where the forward writes."""
         if tips.contiguous:
@@ -170,14 +182,21 @@ class TokenTree:
         written = slots.tolist()
         self.high = max(self.high, 1 + max(max(row) for row in written))
         if self.high > self.cache.capacity:
-            self._grow(self.high)
+            self._resize(max(self.high, self.cache.capacity * 3 // 2))
         first = written[0]
         runs = first == list(range(first[0], first[0] + new)) and all(row == first for row in written)
         self.cache.span = slice(first[0], first[0] + new) if runs else None
         self.cache.slots, self.cache.view = slots, self.high
         return slots
 
-    def _grow(self, least: int) -> None:
-        capacity = max(least, self.cache.capacity * 3 // 2)
+    def _resize(self, capacity: int) -> None:
         self.position_of = torch.nn.functional.pad(self.position_of, (0, capacity - self.cache.capacity))
         self.cache.resize(capacity)
+
+
+def read_prompts(adapter: Adapter, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[TokenTree, Tips, Tensor]:
+    """A tree that has read a prompt in each row, its tips, and the logits [rows, 1, vocabulary] behind each."""
+    tree = TokenTree(adapter, len(prompts), capacity)
+    block = chain(prompts, tree.device)
+    logits, nodes = tree.extend(tree.tips([0] * len(prompts)), block, last_only=True)
+    return tree, nodes.pick(block.lengths[:, None] - 1), logits

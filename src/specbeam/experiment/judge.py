@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 from specbeam.experiment import records
@@ -13,14 +12,14 @@ from specbeam.experiment.rows import Answers, conversation_of, one_line, remembe
 
 
 def judge(
-    folder: Path,
     plan: Plan,
     rows: list[dict[str, Any]],
+    traces: list[dict[str, Any]],
     models: Models,
     config: dict[str, Any],
     facts: dict[str, Any],
-) -> dict[str, Any]:
-    """summary.json's content, after the timed part; also fills the probabilities into trace.jsonl."""
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """After the timed part: summary.json's content, and the traces with their probabilities."""
     from specbeam.experiment.prediction import predict
     from specbeam.experiment.quality import add_quality
     from specbeam.experiment.statistics import summarise
@@ -35,7 +34,7 @@ def judge(
         quality = add_quality(rows, contexts, models.target, methods, plan.metrics, evaluate)
         for label, figures in quality.items():
             summary["methods"][label].update(figures)
-        fill_probabilities(folder, contexts, models)
+        traces = fill_probabilities(traces, contexts, models)
     except Exception as error:  # the figures of speed must not be lost for those of quality
         notes.append(f"Quality figures are missing: {one_line(error)}")
     try:
@@ -53,7 +52,7 @@ def judge(
     alone = [method.label for method in plan.methods if not method.method.batched]
     if alone and plan.batch_size > 1:
         notes.append(f"{' and '.join(alone)} ran one prompt at a time: it takes no batches.")
-    return {
+    summary = {
         **summary,
         "target": plan.target,
         "draft": plan.draft,
@@ -61,9 +60,11 @@ def judge(
         "dtype": facts["dtype"],
         "runner": facts["runner"],
         "batch_size": plan.batch_size,
+        "prompts_per_cell": plan.prompts_per_cell,
         "evaluator": plan.evaluator,
         "notes": notes,
     }
+    return summary, traces
 
 
 def load_evaluator(path: str, config: dict[str, Any]) -> Any:
@@ -108,11 +109,13 @@ def contexts_of(
     return contexts
 
 
-def fill_probabilities(folder: Path, contexts: dict[tuple[str, str, int], dict[str, Any]], models: Models) -> None:
-    """Target and draft probability (of the raw softmax) of each token in trace.jsonl, by teacher forcing."""
+def fill_probabilities(
+    traces: list[dict[str, Any]], contexts: dict[tuple[str, str, int], dict[str, Any]], models: Models
+) -> list[dict[str, Any]]:
+    """Target and draft probability (of the raw softmax) of each token of the traces, by teacher forcing."""
     from specbeam.metrics.likelihood import answer_log_probabilities
 
-    traces = [trace for trace in records.read_traces(folder) if records.trace_key(trace) in contexts]
+    traces = [trace for trace in traces if records.trace_key(trace) in contexts]
     passes = [("target_probability", models.target, traces)]
     if models.draft is not None and models.same_vocabulary:  # else its tokens are others
         # a draft with a narrower vocabulary cannot read every text of the target
@@ -136,4 +139,4 @@ def fill_probabilities(folder: Path, contexts: dict[tuple[str, str, int], dict[s
         for same, values in zip(pairs.values(), logs, strict=True):
             for trace in same:
                 trace[name] = [round(math.exp(value), 6) for value in values]
-    records.write_lines(folder / "trace.jsonl", traces)
+    return traces

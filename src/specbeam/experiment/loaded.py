@@ -21,7 +21,7 @@ class Models:
 
     def __init__(
         self, target: str, draft: str | None, device: str | None, dtype: str | None, same_vocabulary: bool = True,
-        runner: str | None = None, precision: str | None = None,
+        runner: str | None = None, precision: str | None = None, device_map: Any = None,
     ):  # fmt: skip
         from transformers.utils import logging
 
@@ -31,7 +31,7 @@ class Models:
         logging.disable_progress_bar()
         logging.set_verbosity_error()
         options: dict[str, Any] = {"device": device or "auto", "dtype": dtype or "auto", "runner": runner or "auto",
-                                   "precision": precision}
+                                   "precision": precision, "device_map": device_map}
         self.draft = self.draft_tokenizer = None
         if draft is None:
             self.target, self.tokenizer = models.load_model(target, **options)

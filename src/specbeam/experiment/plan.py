@@ -16,12 +16,13 @@ from specbeam.experiment.compose import nearest
 from specbeam.experiment.plan_beams import BEAM_OPTIONS, DEFAULT_BEAMS, check_beam_options
 from specbeam.experiment.prompts import Prompt, prompts_from_config
 from specbeam.models import check_path
+from specbeam.placement import check_placement
 from specbeam.runners import check_runner
 
 TOP_KEYS = (
-    "target", "draft", "methods", "only", "prompts", "prompt_set", "system_prompt", "batch_size", "repeats",
-    "max_new_tokens", "metrics", "evaluator", "forecast", "seed", "device", "dtype", "runner", "precision",
-    "debug", "trace", "wandb", "output_dir", "experiment",
+    "target", "draft", "methods", "only", "prompts", "prompt_set", "system_prompt", "batch_size", "prompts_per_cell",
+    "repeats", "max_new_tokens", "metrics", "evaluator", "forecast", "seed", "device", "device_map", "dtype", "runner",
+    "precision", "executor", "ray", "debug", "trace", "wandb", "output_dir", "experiment",
 )  # fmt: skip
 INNER_KEYS = {
     "target": ("path",),
@@ -29,6 +30,7 @@ INNER_KEYS = {
     "prompt_set": ("path", "limit", "per_category", "template", "where"),
     "debug": ("render_input_text",),
     "wandb": ("mode", "project"),
+    "ray": ("address", "actors", "cpus_per_actor", "timeout_seconds"),
 }
 WANDB_MODES = ("disabled", "offline", "online")
 
@@ -155,15 +157,17 @@ class Plan:
     metrics: tuple[str, ...] | None = None  # None: all that apply
     evaluator: str | None = None  # a further model that answers are scored by
     forecast: bool = True  # say what `specbeam forecast` would have predicted
+    prompts_per_cell: int | None = None  # None: batch_size
 
     def cells(self) -> Iterator[Cell]:
         """Repeats outermost; each batch is answered by every method before the next, in rotating order."""
+        size = self.prompts_per_cell or self.batch_size
         for repeat in range(self.repeats):
             position = repeat
             for turn in range(max(prompt.answers for prompt in self.prompts)):
                 asked = [prompt for prompt in self.prompts if turn < prompt.answers]
-                for start in range(0, len(asked), self.batch_size):
-                    batch = tuple(asked[start : start + self.batch_size])
+                for start in range(0, len(asked), size):
+                    batch = tuple(asked[start : start + size])
                     shift = position % len(self.methods)
                     position += 1
                     for method in self.methods[shift:] + self.methods[:shift]:
@@ -183,6 +187,9 @@ def make_plan(config: dict[str, Any]) -> Plan:
     for name in ("limit", "per_category"):
         if config["prompt_set"].get(name) is not None:
             check_whole(f"prompt_set.{name}", config["prompt_set"][name], 1, "null for all")
+    together = config.get("prompts_per_cell")
+    if together is not None:
+        check_whole("prompts_per_cell", together, config["batch_size"], "null for batch_size")
     check_whole("seed", config.get("seed"), 0)
     check_text("system_prompt", config.get("system_prompt"))
     check_text("output_dir", config.get("output_dir"))
@@ -202,14 +209,18 @@ def make_plan(config: dict[str, Any]) -> Plan:
         raise InputError("target.path is null: give the bundled target (bundled), a folder or a hub id.")
     draft = check_draft(methods, target, model_path(config, "draft"))
     prompts = prompts_from_config(config)
-    check_device_and_dtype(config.get("device"), config.get("dtype"))
+    from specbeam.experiment.ray_executor import check_executor
+
+    check_executor(config)
+    check_device_and_dtype("auto" if config["executor"] == "ray" else config.get("device"), config.get("dtype"))
     check_runner(config.get("runner") or "auto", config.get("precision"))
+    check_placement(config.get("device_map"), None, config.get("runner") or "auto")
     from specbeam.experiment.quality import check_evaluator, check_metrics
 
     metrics = check_metrics(config.get("metrics"), prompts)
     evaluator = check_evaluator(config.get("evaluator"))
     return Plan(methods, tuple(prompts), config["batch_size"], config["repeats"], config["seed"], target, draft,
-                metrics, evaluator, config.get("forecast", True))
+                metrics, evaluator, config.get("forecast", True), together)
 
 
 def traced(method: PlannedMethod) -> PlannedMethod:

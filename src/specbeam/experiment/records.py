@@ -21,7 +21,7 @@ from specbeam.errors import InputError
 from specbeam.experiment.compose import flatten
 
 # Keys that change nothing about the rows: a resumed run may differ in them.
-FREE_KEYS = ("output_dir", "wandb", "debug", "trace")
+FREE_KEYS = ("output_dir", "wandb", "debug", "trace", "ray")
 
 RowKey = tuple[str, str, int, int]
 
@@ -181,6 +181,13 @@ def append_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
         file.write(text.encode("utf-8", errors="replace"))
         file.flush()
         os.fsync(file.fileno())
+
+
+def append_cells(folder: Path, rows: list[dict], traces: list[dict], searches: list[dict]) -> None:
+    """What finished cells gave; the rows last, since with them a cell counts as done."""
+    for name, lines in (("trace.jsonl", traces), ("beams.jsonl", searches), ("rows.jsonl", rows)):
+        if lines:
+            append_lines(folder / name, lines)
 
 
 def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:

@@ -7,14 +7,18 @@ tracking come before or after.
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from specbeam.decoding import at_once
 from specbeam.errors import InputError
 from specbeam.experiment import records
 from specbeam.experiment.judge import judge
 from specbeam.experiment.loaded import Models
-from specbeam.experiment.plan import SAMPLING_OPTIONS, Cell, Plan, make_plan
+from specbeam.experiment.plan import SAMPLING_OPTIONS, Cell, Plan, PlannedMethod, make_plan
 from specbeam.experiment.progress import Progress
 from specbeam.experiment.prompts import Prompt
 from specbeam.experiment.rows import (
@@ -49,7 +53,7 @@ def compare(config: dict[str, Any], command: list[str], console: Console) -> int
     cells = left = list(plan.cells())
     rows: list[dict[str, Any]] = []
     if folder is not None and resumed:
-        rows = records.keep_finished(folder, [cell.row_keys() for cell in cells])
+        rows = records.keep_finished(folder, whole_groups(cells, config))
         done = {records.row_key(row) for row in rows}
         left = [cell for cell in cells if cell.row_keys()[0] not in done]
         count = f"{len(cells) - len(left)} of {len(cells)}"
@@ -57,36 +61,34 @@ def compare(config: dict[str, Any], command: list[str], console: Console) -> int
         if not left and (folder / "summary.json").exists():
             return show(folder, console)
 
-    with console.status("loading models"):
-        same = any(method.same_vocabulary for method in plan.methods)
-        models = Models(plan.target, plan.draft, config["device"], config["dtype"], same, config["runner"],
-                        config["precision"])
-    models.check(plan.methods)
-    # Only now, when nothing can be refused any more, something is written.
-    resolved = resolve(plan, models)
-    folder = folder or records.new_folder(Path("outputs/compare"))
-    config = {**config, "output_dir": str(folder)}
-    if resumed:
-        records.refuse_other_models(folder, resolved)
-    else:
-        records.start_run(folder, config, resolved, prompts)
-    notes = record_environment(folder, resolved, command, resumed, console)
-    try:
-        if left:
-            others = records.OthersLoad()
-            rows = run_cells(folder, plan, left, rows, models, config, console)
-            notes += note_load(folder, others.cores(), notes)
-        with console.status("judging the answers"):
-            summary = judge(folder, plan, rows, models, config, {**resolved, "notes": notes})
-    except KeyboardInterrupt:
-        finished = len(records.read_rows(folder / "rows.jsonl"))
-        console.print(
-            f"\nStopped: {finished} rows are in {folder / 'rows.jsonl'}; the same command with output_dir={folder} "
-            "finishes the run.",
-            highlight=False,
-            soft_wrap=True,
-        )
-        raise
+    with open_executor(plan, config, console) as executor:
+        # Only now, when nothing can be refused any more, something is written.
+        resolved = executor.resolved
+        folder = folder or records.new_folder(Path("outputs/compare"))
+        config = {**config, "output_dir": str(folder)}
+        if resumed:
+            records.refuse_other_models(folder, resolved)
+        else:
+            records.start_run(folder, config, resolved, prompts)
+        notes = record_environment(folder, resolved, executor.workers, command, resumed, console)
+        try:
+            if left:
+                others = records.OthersLoad()
+                rows = executor.run(folder, left, rows, console)
+                if not executor.workers:  # which would count as others
+                    notes += note_load(folder, others.cores(), notes)
+            with console.status("judging the answers"):
+                summary, traces = executor.judge(rows, records.read_traces(folder), {**resolved, "notes": notes})
+                records.write_lines(folder / "trace.jsonl", traces)
+        except KeyboardInterrupt:
+            finished = len(records.read_rows(folder / "rows.jsonl"))
+            console.print(
+                f"\nStopped: {finished} rows are in {folder / 'rows.jsonl'}; the same command with output_dir={folder} "
+                "finishes the run.",
+                highlight=False,
+                soft_wrap=True,
+            )
+            raise
     records.write_json(folder / "summary.json", summary)
 
     from specbeam.report.build import write_report
@@ -97,6 +99,59 @@ def compare(config: dict[str, Any], command: list[str], console: Console) -> int
     for note in track(folder, config, rows, summary):
         console.print(note, style="yellow", highlight=False, soft_wrap=True)
     return show(folder, console)
+
+
+@dataclass
+class Local:
+    """Runs the cells in this process, one after the other; `Crew` (ray_executor.py) does the same on Ray's actors."""
+
+    plan: Plan
+    config: dict[str, Any]
+    models: Models
+    resolved: dict[str, Any]  # what the models decided
+    workers: tuple[dict[str, Any], ...] = ()
+
+    def run(self, folder: Path, cells: list[Cell], rows: list[dict[str, Any]], console: Console
+            ) -> list[dict[str, Any]]:  # fmt: skip
+        return run_cells(folder, self.plan, cells, rows, self.models, self.config, console)
+
+    def judge(self, rows: list[dict[str, Any]], traces: list[dict[str, Any]], facts: dict[str, Any]) -> Any:
+        return judge(self.plan, rows, traces, self.models, self.config, facts)
+
+
+@contextmanager
+def open_executor(plan: Plan, config: dict[str, Any], console: Console) -> Iterator[Any]:
+    """Whoever runs the cells, with models loaded and checked. Raises InputError when they cannot be."""
+    with console.status("loading models") as status:
+        if config["executor"] == "ray":
+            from specbeam.experiment.ray_executor import crew_of
+
+            with crew_of(plan, config, console) as crew:
+                status.stop()
+                yield crew
+        else:
+            models = load_models(plan, config)
+            models.check(plan.methods)
+            status.stop()
+            yield Local(plan, config, models, resolve(plan, models))
+
+
+def load_models(plan: Plan, config: dict[str, Any]) -> Models:
+    same = any(method.same_vocabulary for method in plan.methods)
+    return Models(
+        plan.target, plan.draft, config["device"], config["dtype"], same, config["runner"], config["precision"],
+        config.get("device_map"),
+    )
+
+
+def whole_groups(cells: list[Cell], config: dict[str, Any]) -> list[list[records.RowKey]]:
+    """Rows that a resumed run keeps or runs again together: those of a cell; with Ray, of a batch with all its methods,
+    since their times belong to one device."""
+    if config["executor"] != "ray":
+        return [cell.row_keys() for cell in cells]
+    from specbeam.experiment.ray_executor import units_of
+
+    return [[key for cell in unit.cells for key in cell.row_keys()] for unit in units_of(cells)]
 
 
 def resolve(plan: Plan, models: Models) -> dict[str, Any]:
@@ -121,11 +176,12 @@ def resolve(plan: Plan, models: Models) -> dict[str, Any]:
 
 
 def record_environment(
-    folder: Path, resolved: dict[str, Any], command: list[str], resumed: bool, console: Console
+    folder: Path, resolved: dict[str, Any], workers: Any, command: list[str], resumed: bool, console: Console
 ) -> list[str]:
     """Write environment.json (a resumed run adds to it); the notes for the table: a machine that is not quiet."""
     path = folder / "environment.json"
     now = records.environment(resolved["device"], resolved["dtype"], resolved["runner"], command)
+    now |= {"workers": workers} if workers else {}
     if resumed and path.exists():
         first = records.read_json(path)
         kept = {name: now[name] for name in ("started", "load_average", "command", "git_commit", "specbeam")}
@@ -182,11 +238,7 @@ def run_cells(
                 new, traces, searches = run_cell(cell, plan, models, config, answers)
                 for row in new:
                     remember(answers, row)
-                if traces:
-                    records.append_lines(folder / "trace.jsonl", traces)
-                if searches:
-                    records.append_lines(folder / "beams.jsonl", searches)
-                records.append_lines(folder / "rows.jsonl", new)
+                records.append_cells(folder, new, traces, searches)
                 rows += new
                 progress.advance()
         finally:
@@ -202,11 +254,12 @@ def warm_up(plan: Plan, cells: list[Cell], models: Models, config: dict[str, Any
         if cell.method.label in seen:
             continue
         seen.add(cell.method.label)
-        batch = first if cell.method.method.batched else first[:1]
+        batch = first[: at_once(cell.method.method, len(first), plan.batch_size)]
         tokens = min(WARM_UP_TOKENS, cell.method.options["max_new_tokens"])
         try:
             rendered = models.render([prompt.conversation(0) for prompt in batch], config["system_prompt"])
-            models.generate(cell.method, rendered, [0] * len(batch), max_new_tokens=tokens)
+            models.generate(cell.method, rendered, [0] * len(batch), max_new_tokens=tokens,
+                            **refilled(cell.method, len(batch), plan))
         except Exception:  # the cell itself will fail the same way, and be recorded
             continue
 
@@ -215,11 +268,12 @@ def run_cell(
     cell: Cell, plan: Plan, models: Models, config: dict[str, Any], answers: Answers
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows and (of the first repeat) traces and search trees of one cell. What goes wrong becomes failed rows."""
-    groups = [cell.prompts] if cell.method.method.batched else [(prompt,) for prompt in cell.prompts]
+    size = at_once(cell.method.method, len(cell.prompts), plan.batch_size)
+    groups = [cell.prompts[start : start + size] for start in range(0, len(cell.prompts), size)]
     rows: dict[str, dict[str, Any]] = {}
     traces, searches = [], []
     for group in groups:
-        batch_id = cell.batch_id if cell.method.method.batched else f"{cell.batch_id}/{group[0].id}"
+        batch_id = cell.batch_id if len(groups) == 1 else f"{cell.batch_id}/{group[0].id}"
         fitting: list[Prompt] = []
         for prompt in group:
             error = unanswerable(cell, prompt, models, config, answers)
@@ -234,7 +288,7 @@ def run_cell(
             rendered = models.render(conversations, config["system_prompt"])
             seeds = [plan.seed_of(prompt, cell.turn, cell.repeat) for prompt in fitting]
             records.reset_peak_memory(models.target.device)
-            output = models.generate(cell.method, rendered, seeds)
+            output = models.generate(cell.method, rendered, seeds, **refilled(cell.method, len(fitting), plan))
             peak = records.peak_memory(models.target.device)
             for index, prompt in enumerate(fitting):
                 rows[prompt.id] = row_of(cell, prompt, batch_id, output, index, models.tokenizer, peak)
@@ -249,6 +303,11 @@ def run_cell(
                 rows[prompt.id] = failed_row(cell, prompt, batch_id, one_line(error))
             release_memory()
     return [rows[prompt.id] for prompt in cell.prompts], traces, searches
+
+
+def refilled(method: PlannedMethod, prompts: int, plan: Plan) -> dict[str, Any]:
+    """How many of a cell's prompts run at once, where that is less than all: the next takes an ended one's place."""
+    return {"batch_size": plan.batch_size} if method.method.refills and prompts > plan.batch_size else {}
 
 
 def unanswerable(cell: Cell, prompt: Prompt, models: Models, config: dict[str, Any], answers: Answers) -> str | None:

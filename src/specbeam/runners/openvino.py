@@ -92,6 +92,27 @@ class StateSlots:
         if not self.plain:
             self.owner, self.dead, self.place = self.owner[index], self.dead[index], self.place[index]
 
+    def join(self, more: StateSlots) -> None:
+        """Go on with another batch's rows too, behind these; both have the same capacity."""
+        for slots in (self, more):
+            slots._compact()
+            slots._look_up()
+        longest = max(self.length, more.length)
+        its = {state.name: state for state in more.request.query_state()}
+        for state in self.request.query_state():
+            rows = [torch.from_numpy(one.state.data)[torch.from_numpy(slots.order).long()]
+                    for one, slots in ((state, self), (its[state.name], more))]
+            both = [torch.nn.functional.pad(kept, (0, 0, 0, longest - kept.shape[2])) for kept in rows]
+            state.state = ov.Tensor(torch.cat(both).numpy())
+        for slots in (self, more):
+            slots.owner = torch.nn.functional.pad(slots.owner[:, : slots.length], (0, longest - slots.length))
+            slots.dead = torch.nn.functional.pad(slots.dead[:, : slots.length + 1], (0, longest - slots.length),
+                                                 value=_HIDDEN)
+        self.owner, self.dead, self.place = (
+            torch.cat(pair) for pair in ((self.owner, more.owner), (self.dead, more.dead), (self.place, more.place)))
+        self.length = longest
+        self._in_order(len(self.owner))
+
     def forward(self, tokens: Tensor, positions: Tensor, visible: Tensor, near: Tensor | None, keep: Tensor | None
                 ) -> Tensor:
         rows, new = tokens.shape
@@ -139,11 +160,9 @@ class StateSlots:
         if self.plain:
             if self.span is not None and self.span.start == start:
                 return
-            self.plain = False
-            self.owner = torch.arange(start).repeat(rows, 1)
-            self.dead = torch.zeros(rows, 1 + start)  # column 0 is for slots that were never written
-            self.place = torch.zeros(rows, self.capacity, dtype=torch.long)  # 1 + position of each slot
-            self.place[:, :start] = torch.arange(1, 1 + start)
+            self.length = start
+            self._look_up()
+            self.length = start + new
         if self.length > self.owner.shape[1]:
             more = self.length // 2 + 64
             self.owner = torch.nn.functional.pad(self.owner, (0, more))
@@ -151,6 +170,15 @@ class StateSlots:
         self.dead.scatter_(1, self.place.gather(1, self.slots), _HIDDEN)
         self.owner[:, start : self.length] = self.slots
         self.place.scatter_(1, self.slots, torch.arange(start + 1, self.length + 1).expand(rows, -1))
+
+    def _look_up(self) -> None:
+        """From here on positions and slots differ."""
+        if self.plain:
+            rows, self.plain = len(self.order), False
+            self.owner = torch.arange(self.length).repeat(rows, 1)
+            self.dead = torch.zeros(rows, 1 + self.length)  # column 0 is for slots that were never written
+            self.place = torch.zeros(rows, self.capacity, dtype=torch.long)  # 1 + position of each slot
+            self.place[:, : self.length] = torch.arange(1, 1 + self.length)
 
     def _compact(self) -> None:
         """Drop dead positions, and put the others in the order of their slots."""
