@@ -148,6 +148,16 @@ def test_what_seemed_too_dear_is_measured_again_some_day(target, draft):
     raise AssertionError("never again")
 
 
+def test_drafting_that_was_slow_for_a_while_comes_back(target, draft):
+    """As when another program ran beside the first prompts."""
+    chosen = auto(target, draft)
+    plain_rounds(chosen)
+    tries(chosen, 30, kept=3, of=4, seconds=40.0)
+    assert chosen.limits([8]) == [0]
+    waits = tries(chosen, 3000, kept=3, of=4, seconds=1.5)
+    assert len(waits) > 2500
+
+
 def test_plain_rounds_are_measured_again_now_and_then(target, draft):
     chosen = auto(target, draft)
     plain_rounds(chosen)

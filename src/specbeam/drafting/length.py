@@ -104,12 +104,13 @@ class Costs:
         each = [(s - first) / (new - few) for new, some in self.verify.items() if new > few for s in some]
         return max(0.0, median(each)) if len(each) >= _ENOUGH else 0.0
 
-    def forget_one(self) -> None:
-        """The oldest measurement of each longer forward: what no longer seems to pay is measured again some day."""
-        for new in sorted(self.verify)[1:]:
-            self.verify[new].popleft()
-            if not self.verify[new]:
-                del self.verify[new]
+    def forget(self) -> None:
+        """The oldest measurements of drafting and of longer forwards: what no longer seems to pay is measured again."""
+        for some in (self.draft, *(self.verify[new] for new in sorted(self.verify)[1:])):
+            for _ in range(min(len(some), 2)):
+                some.popleft()
+        for new in [new for new, some in self.verify.items() if not some]:
+            del self.verify[new]
 
     def usual(self, steps: int, new: int) -> float:
         """Seconds of a round with so many draft steps and new tokens, as they mostly are."""
@@ -163,12 +164,12 @@ class Length:
         costs, learned = self.costs, self.costs.learned
         if self.frozen is None and (len(costs.plain) < 2 or costs.unchecked >= _CHECK):
             self.why = ["measuring plain"] * len(most)
-            costs.forget_one()
+            costs.forget()
         elif learned.left or (self.frozen is not None and costs.rate < costs.plain_rate):
             self.why = ["does not pay"] * len(most)
             learned.left = max(learned.left - 1, 0)
             if self.frozen is None and not learned.left:
-                costs.forget_one()
+                costs.forget()
         else:
             return list(most)
         return [0] * len(most)
