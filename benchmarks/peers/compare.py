@@ -22,7 +22,7 @@ from statistics import median
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-SETTLE = 0.3  # seconds between calls: threads of the engine before stop spinning
+SETTLE = 0.2  # seconds between calls: threads of the engine before stop spinning
 ENGINES = {  # name → (environment; None: this one, script, arguments)
     "transformers": (None, "peer_transformers.py", []),
     "specbeam": (None, "peer_specbeam.py", ["auto"]),
