@@ -18,13 +18,14 @@ from specbeam.engine.cache import SlotCache
 class Runner:
     """Who runs an adapter's forwards.
 
-    open(adapter, rows, capacity): slots with SlotCache's `capacity`, `view`, `slots`, `span`, `resize`, `keep_rows`;
-    forward: as `forward` below.
+    open(adapter, rows, capacity): slots with SlotCache's `capacity`, `view`, `slots`, `span`, `resize`, `keep_rows`,
+    `join`; forward: as `forward` below.
     """
 
     name: str
     open: Callable[[Adapter, int, int], Any]
     forward: Callable[..., Tensor]
+    width: Callable[[int], int] = lambda slots: slots  # how many slots a forward looks at when it needs so many
     own_threads: bool = False  # beside torch's
 
 
@@ -75,6 +76,8 @@ def _open(adapter: Adapter, rows: int, capacity: int) -> SlotCache:
 def _eager(adapter: Adapter, cache: SlotCache, tokens: Tensor, positions: Tensor, visible: Tensor,
            near: Tensor | None, keep: Tensor | None) -> Tensor:
     wanted, place = {}, keep
+    if tokens.shape[1] == 1:
+        keep = place = None
     if keep is not None and adapter.keeps == "row":
         wanted, place = {"logits_to_keep": keep[:, None]}, None
     elif keep is not None and adapter.keeps == "position":  # older transformers

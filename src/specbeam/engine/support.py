@@ -7,7 +7,7 @@ not obey the mask or the positions (recurrent state, ALiBi counted by slot) show
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
@@ -104,7 +104,9 @@ def runner_error(adapter: Adapter, runner: Runner, dtype: torch.dtype, itself: b
     model, adapter = adapter.model, replace(adapter, runner=runner)
     with eval_mode(model), torch.no_grad():
         wanted, gap = _plain_logits(model, partial(_chain_logits, adapter) if itself else None)
-        error = (_tree_logits(adapter) - wanted).abs().max().item()
+        # Twice, with other inputs: what is recorded the first time is replayed the second.
+        both = [(_PROMPTS, wanted), (_PROMPTS[::-1], wanted.flip(0))]
+        error = max((_tree_logits(adapter, prompts) - right).abs().max().item() for prompts, right in both)
     return None if error <= _tolerance(dtype, wanted, gap) else f"its logits are off by {error:.2g}"
 
 
@@ -197,10 +199,10 @@ def _within(tokens: list[int], model: PreTrainedModel) -> list[int]:
     return [token % size for token in tokens]
 
 
-def _tree_logits(adapter: Adapter) -> Tensor:
+def _tree_logits(adapter: Adapter, given: Sequence[list[int]] = _PROMPTS) -> Tensor:
     """The same leaves' logits, as a tree over the slots: all of them twice, the last one by `last_only` too."""
-    tree = TokenTree(adapter, len(_PROMPTS), capacity=_GAP + len(_TREE[0]))
-    prompts = [_within(prompt, adapter.model) for prompt in _PROMPTS]
+    tree = TokenTree(adapter, len(given), capacity=_GAP + len(_TREE[0]))
+    prompts = [_within(prompt, adapter.model) for prompt in given]
     tree.extend(tree.tips([0] * len(prompts)), chain(prompts, tree.device), last_only=True)
     tips, tree.high = _far(tree.tips([len(prompt) for prompt in prompts])), _GAP
     tokens, parents = _within(_TREE[0], adapter.model), _TREE[1]

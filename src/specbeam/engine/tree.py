@@ -186,12 +186,13 @@ class TokenTree:
         first = written[0]
         runs = first == list(range(first[0], first[0] + new)) and all(row == first for row in written)
         self.cache.span = slice(first[0], first[0] + new) if runs else None
-        self.cache.slots, self.cache.view = slots, self.high
+        self.cache.slots, self.cache.view = slots, self.adapter.runner.width(self.high)
         return slots
 
     def _resize(self, capacity: int) -> None:
-        self.position_of = torch.nn.functional.pad(self.position_of, (0, capacity - self.cache.capacity))
-        self.cache.resize(capacity)
+        self.cache.resize(capacity)  # to at least so much
+        more = self.cache.capacity - self.position_of.shape[1]
+        self.position_of = torch.nn.functional.pad(self.position_of, (0, more))
 
 
 def read_prompts(adapter: Adapter, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[TokenTree, Tips, Tensor]:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # What is tried, in this order; eager is always left.
 _ORDER = {"openvino": ("openvino",), "compile": ("compile", "graph"), "graph": ("graph",), "eager": ()}
-_AUTO: dict[str, tuple[str, ...]] = {"cpu": ("openvino",), "cuda": ()}  # by device; silent where a package is missing
+_AUTO: dict[str, tuple[str, ...]] = {"cpu": ("openvino",), "cuda": ("graph",)}  # silent where a package is missing
 
 _outside: int | None = None  # torch's threads before it was left one
 

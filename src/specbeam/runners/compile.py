@@ -1,0 +1,172 @@
+"""torch.compile of the forward: norms, rotary embedding, mask, slots and MLP become few kernels.
+
+On a GPU one decoder layer is compiled and serves all layers (their weights and slots are its inputs), so that
+compiling takes the time of one layer; what is compiled is then recorded by graph.py. On a CPU the whole forward is
+compiled with its weights frozen in, by inductor. Each number of new tokens and each width of slots is compiled the
+first time it runs, and what was compiled is kept on disk (inductor's cache) for the next process.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+import torch._inductor.test_operators  # realize
+from torch import Tensor, nn
+
+from specbeam.engine.runner import Adapter, Runner
+from specbeam.runners import graph
+from specbeam.runners.graph import Slots
+
+# One row's product is a sum over rows of weights: with this, inductor writes it as such, and tunes how.
+_CUDA: dict[str, Any] = {"coordinate_descent_tuning": True}
+_CPU: dict[str, Any] = {"freezing": True}
+
+
+def make(adapter: Adapter, precision: str | None = None) -> Runner:
+    """Raises RuntimeError, with the reason, for a model whose layers cannot be found."""
+    if adapter.device.type == "cuda":
+        graph.check_device(adapter)
+        return by_layer(adapter, "inductor", _CUDA, graph.OnCuda())
+    return graph.runner("compile", None, Whole(torch.compile(_forward, fullgraph=True, dynamic=False, options=_CPU)))
+
+
+def by_layer(adapter: Adapter, backend: str, options: dict[str, Any] | None, record: graph.Record | None) -> Runner:
+    """The runner that compiles one decoder layer for all."""
+    _layers(adapter.model)
+    compiled = torch.compile(_run, fullgraph=True, dynamic=False, backend=backend, options=options)
+    return graph.runner("compile", record, Layers(compiled), *([graph.own_attention] if record else []))
+
+
+class Layers:
+    """Within it, every decoder layer of the model is the compiled one."""
+
+    def __init__(self, compiled: Callable[..., Any]):
+        self.compiled = compiled
+
+    @contextmanager
+    def __call__(self, adapter: Adapter, slots: Slots) -> Iterator[None]:
+        layers, others = _layers(adapter.model), _beside(adapter.model)
+        # A layer's number is all that tells it from the next: the slots that it is given say which one it is.
+        numbered: list[tuple[Any, int]] = [(part, part.layer_idx) for layer in layers for part in layer.modules()
+                    if isinstance(getattr(part, "layer_idx", None), int)]
+        forwards = [(part, part.__dict__.get("forward")) for part in (*layers, *others)]
+        products: list[Any] = [part for layer in layers for part in layer.modules() if type(part) is nn.Linear]
+        try:
+            for part in products:
+                part.__class__ = Product
+            for part, _ in numbered:
+                part.layer_idx = 0
+            for layer, place in zip(layers, slots.layers, strict=True):
+                layer.forward = partial(self._layer, layer, slots, place)
+            for part in others:
+                part.forward = partial(self._other, part)
+            own = graph.own_attention(adapter, slots) if adapter.device.type == "cuda" else nullcontext()
+            with own, _compiling(adapter):
+                yield
+        finally:
+            for part in products:
+                part.__class__ = nn.Linear
+            for part, number in numbered:
+                part.layer_idx = number
+            for part, forward in forwards:
+                part.__dict__.pop("forward", None)
+                if forward is not None:
+                    part.forward = forward
+
+    def _other(self, part: nn.Module, *args: Any, **options: Any) -> Any:
+        return self.compiled(part, list(args), options)
+
+    def _layer(self, layer: nn.Module, slots: Slots, place: Any, *args: Any, **options: Any) -> Any:
+        mine = Place(place.keys, place.values, slots.rows, slots.slots, slots.view)
+        return self.compiled(layer, [mine if one is slots else one for one in args],
+                             {name: mine if one is slots else one for name, one in options.items()})
+
+
+class Product(nn.Linear):
+    """nn.Linear as inductor runs one row of it fastest: its input is computed once, not again for every output (SiLU
+    eleven thousand times over), and a bias is added to the sum in its kernel instead of choosing a library's."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.numel() != self.in_features:  # more than one row: a library's product
+            return super().forward(input)
+        input = torch.ops._inductor_test.realize(input)
+        output = nn.functional.linear(input, self.weight)
+        return output if self.bias is None else output + self.bias
+
+
+class Place:
+    """One layer's slots, as a compiled layer sees them: the same for every layer but for its buffers."""
+
+    def __init__(self, keys: Tensor, values: Tensor, rows: Tensor, slots: Tensor, view: int):
+        self.keys, self.values, self.rows, self.slots, self.view = keys, values, rows, slots, view
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        self.keys[self.rows, :, self.slots] = key_states.transpose(1, 2)
+        self.values[self.rows, :, self.slots] = value_states.transpose(1, 2)
+        return self.keys[:, :, : self.view], self.values[:, :, : self.view]
+
+
+def _run(part: nn.Module, args: list[Any], options: dict[str, Any]) -> Any:
+    return type(part).forward(part, *args, **options)
+
+
+class Whole:
+    """Within it, the model's forward is compiled as one."""
+
+    def __init__(self, compiled: Callable[..., Any]):
+        self.compiled = compiled
+
+    @contextmanager
+    def __call__(self, adapter: Adapter, slots: Slots) -> Iterator[None]:
+        model: Any = adapter.model
+        model.forward = partial(self.compiled, model)
+        try:
+            with _compiling(adapter):
+                yield
+        finally:
+            del model.forward
+
+
+def _forward(model: nn.Module, **options: Any) -> Any:
+    return type(model).forward(model, **options)
+
+
+@contextmanager
+def _compiling(adapter: Adapter) -> Iterator[None]:
+    """As many shapes as there are; says how long it took when something was compiled."""
+    from torch._dynamo.utils import counters
+
+    before, began = counters["stats"]["unique_graphs"], time.perf_counter()
+    with (torch._dynamo.config.patch(recompile_limit=10_000, accumulated_recompile_limit=100_000),
+          warnings.catch_warnings()):
+        warnings.filterwarnings("ignore", message="TensorFloat32")  # fp32 means fp32
+        yield
+    made = counters["stats"]["unique_graphs"] - before
+    if made:
+        logging.getLogger("specbeam").info("%s: compiled %d new shape%s in %.1f s", adapter.name, made,
+                                           "s" * (made > 1), time.perf_counter() - began)
+
+
+def _beside(model: Any) -> list[Any]:
+    """What stands beside the layers and is worth compiling: the rotary embedding, the last norm."""
+    home = next(part for part in model.get_decoder().modules()
+                if any(isinstance(child, nn.ModuleList) and child[0] is _layers(model)[0] for child in part.children()))
+    return [part for part in home.children()
+            if not isinstance(part, nn.ModuleList | nn.Embedding | nn.Linear | nn.Dropout)]
+
+
+def _layers(model: Any) -> list[Any]:
+    total = model.config.get_text_config(decoder=True).num_hidden_layers
+    found = [part for part in model.get_decoder().modules() if isinstance(part, nn.ModuleList) and len(part) == total]
+    if len(found) != 1:
+        raise RuntimeError(f"it has {len(found)} lists of {total} layers, and one is needed")
+    if getattr(model.config, "scale_attn_by_inverse_layer_idx", False):
+        raise RuntimeError("its attention depends on the number of the layer")
+    return list(found[0])
