@@ -58,7 +58,7 @@ def one_sentence(error: InputError) -> str:
 def test_a_model_that_cannot_be_run_exactly_is_refused_by_name_before_generation(name, dtype, monkeypatch):
     config, reason = REFUSED[name]
     target = random_model(config()).to(dtype)
-    monkeypatch.setattr("specbeam.decoding.greedy.TokenTree", None)  # nothing may be started
+    monkeypatch.setattr("specbeam.engine.tree.TokenTree", None)  # nothing may be started
     with pytest.raises(InputError, match=reason) as refusal:
         greedy_generate(target, ROWS, max_new_tokens=2)
     assert type(target).__name__ in one_sentence(refusal.value)
