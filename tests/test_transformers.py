@@ -72,7 +72,8 @@ def test_every_option_means_what_it_means_in_generate(option):
     {"max_new_tokens": 12} | HONOURED["several at once"], HONOURED["forced_eos_token_id"],
     HONOURED["prefix_allowed_tokens_fn"],
     {"length_penalty": -1.0}, {"length_penalty": 2.0, "early_stopping": True}, {"early_stopping": "never"},
-    {"num_beams": 5, "num_return_sequences": 5}, {"renormalize_logits": True, "repetition_penalty": 1.3}], ids=str)
+    {"num_beams": 5, "num_return_sequences": 5}, {"renormalize_logits": True, "repetition_penalty": 1.3}],
+    ids=lambda settings: ",".join(settings))
 def test_options_of_beams_too(settings):
     options = BEAMS | {"eos_token_id": list(range(2, 12))} | settings
     for method in beamed().values():
