@@ -41,6 +41,7 @@ class Models:
             )
             same_vocabulary = same_vocabulary or self.tokenizer.get_vocab() == self.draft_tokenizer.get_vocab()
         self.same_vocabulary = same_vocabulary
+        self._broken: dict[tuple[int, ...], bool] = {}
 
     def check(self, methods: Sequence[PlannedMethod]) -> None:
         """Raises InputError for settings that this target cannot serve, whatever the prompt."""
@@ -103,6 +104,26 @@ class Models:
             seed=seeds,
             **{**method.options, **changes},
         )
+
+    def refuse_nan(self, prompt: Sequence[int], answer: Sequence[int]) -> None:
+        """Raises InputError where the target's logits for the answer's last token are NaN: a NaN anywhere before it
+        reaches them by attention. One forward for each text, outside every timed region."""
+        import inspect
+
+        import torch
+
+        text = (*prompt, *answer[:-1])
+        if text not in self._broken:
+            self._broken[text] = False
+            with suppress(Exception), torch.inference_mode():  # too large to read at once: then nothing is known
+                ids = torch.tensor([text], device=self.target.device)
+                last = "logits_to_keep" in inspect.signature(self.target.forward).parameters
+                wanted = {"logits_to_keep": 1} if last else {}
+                logits = self.target(input_ids=ids, use_cache=False, **wanted).logits[:, -1]
+                self._broken[text] = bool(logits.isnan().any())
+        if self._broken[text]:
+            raise InputError(f"{type(self.target).__name__} gives NaN for logits on this prompt or its answer: the "
+                             "checkpoint is broken, or its dtype overflows; try dtype=float32.")
 
     def render(self, conversations: Sequence[Conversation], system_prompt: str | None) -> RenderedBatch:
         from specbeam.chat import render_prompt

@@ -122,7 +122,9 @@ def read_prompts(path: Path, template: str | None = None) -> list[Prompt]:
         try:
             table = content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise InputError(f"{path}: byte {error.start + 1} is not UTF-8: save the file as UTF-8.") from None
+            before = content[: error.start].split(b"\n")
+            place = f"{path}, line {len(before)}: byte {len(before[-1]) + 1}"
+            raise InputError(f"{place} is not UTF-8: save the file as UTF-8.") from None
         for number, record in csv_records(table, str(path), "," if path.suffix == ".csv" else "\t"):
             places.append(f"{path}, line {number}")
             prompts.append(_prompt(our_fields(record, template), places[-1], str(number)))

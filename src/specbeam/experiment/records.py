@@ -57,6 +57,10 @@ def holds_run(folder: Path, config: dict[str, Any], prompts: list[dict[str, Any]
             return True
         if folder.exists() and any(folder.iterdir()):
             raise InputError(f"output_dir {str(folder)!r} holds other files and no run: give a new or an empty folder.")
+        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        if not os.access(there, os.W_OK | os.X_OK):  # said before a model is loaded
+            raise InputError(f"output_dir {str(folder)!r} cannot be used ({str(there)!r} is read-only): give another "
+                             "folder.")
     except OSError as error:
         raise InputError(_unusable(folder, error)) from None
     return False
@@ -177,10 +181,18 @@ def read_traces(folder: Path, name: str = "trace.jsonl") -> list[dict[str, Any]]
 def append_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
     """Append in one write and wait for the disk."""
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    with open(path, "ab") as file:
-        file.write(text.encode("utf-8", errors="replace"))
-        file.flush()
-        os.fsync(file.fileno())
+    before = None
+    try:
+        with open(path, "ab", buffering=0) as file:
+            before, left = file.tell(), memoryview(text.encode("utf-8", errors="replace"))
+            while left:
+                left = left[file.write(left) :]
+            os.fsync(file.fileno())
+    except OSError as error:
+        if before is not None:
+            with suppress(OSError):
+                os.truncate(path, before)  # no half line stays
+        raise InputError(unwritten(path, error)) from None
 
 
 def append_cells(folder: Path, rows: list[dict], traces: list[dict], searches: list[dict]) -> None:
@@ -228,13 +240,23 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _replace(path: Path, text: str) -> None:
-    """The old content or the new, never half of it."""
+    """The old content or the new, never half of it. Raises InputError when the disk does not take it."""
     temporary = path.with_name(path.name + ".new")
-    with open(temporary, "wb") as file:
-        file.write(text.encode("utf-8", errors="replace"))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(text.encode("utf-8", errors="replace"))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise InputError(unwritten(path, error)) from None
+
+
+def unwritten(path: Path, error: OSError) -> str:
+    return (f"{str(path)!r} cannot be written ({error.strerror or error}): the rows finished so far are kept; mend "
+            f"that and give the same command with output_dir={str(path.parent)!r} to finish the run.")
 
 
 def environment(device: str, dtype: str, runner: dict[str, str], command: list[str]) -> dict[str, Any]:

@@ -200,8 +200,8 @@ def search_of(
 
 
 def _rounded(score: float | None) -> float | None:
-    """To be written as JSON, which knows no infinity."""
-    return None if score is None or score < IMPOSSIBLE else round(score, 5)
+    """To be written as JSON, which knows neither infinity nor NaN."""
+    return None if score is None or not score >= IMPOSSIBLE else round(score, 5)
 
 
 def one_line(error: BaseException) -> str:

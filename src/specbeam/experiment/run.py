@@ -291,6 +291,11 @@ def run_cell(
             output = models.generate(cell.method, rendered, seeds, **refilled(cell.method, len(fitting), plan))
             peak = records.peak_memory(models.target.device)
             for index, prompt in enumerate(fitting):
+                try:
+                    refuse_nan(cell, rendered, output, index, models)
+                except InputError as error:
+                    rows[prompt.id] = failed_row(cell, prompt, batch_id, one_line(error))
+                    continue
                 rows[prompt.id] = row_of(cell, prompt, batch_id, output, index, models.tokenizer, peak)
                 if cell.repeat == 0:
                     traces.append(trace_of(cell, prompt, batch_id, output, index, models.tokenizer))
@@ -303,6 +308,13 @@ def run_cell(
                 rows[prompt.id] = failed_row(cell, prompt, batch_id, one_line(error))
             release_memory()
     return [rows[prompt.id] for prompt in cell.prompts], traces, searches
+
+
+def refuse_nan(cell: Cell, rendered: Any, output: Any, index: int, models: Models) -> None:
+    """Raise InputError for an answer that comes of NaN. A server's model is not ours to ask."""
+    if cell.method.kind != "openai_server":
+        read = rendered.input_ids[index][rendered.attention_mask[index].bool()].tolist()
+        models.refuse_nan(read, output.hypotheses[index][0].tokens)
 
 
 def refilled(method: PlannedMethod, prompts: int, plan: Plan) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from specbeam.errors import InputError
+from specbeam.experiment.records import unwritten
 from specbeam.report import charts
 from specbeam.report.answer import answers, tiles
 from specbeam.report.beams import beams_data
@@ -40,7 +42,11 @@ def write_report(run_folder: Path) -> Path:
     """
     run = read_run(Path(run_folder))
     path = run.folder / "report.html"
-    path.write_text(page([run]), encoding="utf-8")
+    text = page([run])
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(unwritten(path, error)) from None
     return path
 
 
