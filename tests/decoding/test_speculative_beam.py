@@ -299,7 +299,7 @@ def _worse(kind: str = "good") -> None:
     (" and min(below) >= 0", ""), ("min(below) >= 0", "max(below) >= 0"),
     ("children[i].get(key, -1)", "{token: node for (_, token), node in children[i].items()}.get(key[1], -1)"),
     ("[place[i][origin] for origin in origins]", "place[i][:]"),
-    ("logits[own, at]", "logits[active][:, :rule.num_beams]"),
+    ("logits[torch.tensor(active, device=logits.device)[:, None], at]", "logits[active][:, :rule.num_beams]"),
 ], ids=["a missing node is taken for granted", "one survivor in the tree is enough",
         "the same token below another node", "a survivor's node is not its origin's",
         "a step is scored by the logits of the round's first"])

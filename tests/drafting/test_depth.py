@@ -28,8 +28,8 @@ def test_a_fixed_depth_is_that_depth():
 
 
 def test_the_yardsticks_are_measured_first():
-    _, chosen = played([1.0] * LONGEST, 1.0, 0.1, rounds=4)
-    assert chosen == [0, 0, 2, 2]
+    _, chosen = played([1.0] * LONGEST, 1.0, 0.1, rounds=6)
+    assert chosen == [0, 0, 0, 2, 2, 2]
 
 
 def test_where_every_step_survives_and_drafting_is_cheap_it_goes_as_deep_as_it_may():

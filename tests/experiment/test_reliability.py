@@ -5,6 +5,11 @@ from __future__ import annotations
 
 import errno
 import os
+import random
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -230,3 +235,43 @@ def test_a_run_folder_and_prompt_file_with_spaces_and_non_ascii_names(pair: list
         assert cli.main(["compare", *asked, f"output_dir='{quoted}'"]) == 0
     assert len(rows_of(folder)) == 2 and (folder / "report.html").exists()
     assert cli.main(["report", str(folder)]) == 0
+
+
+def start(folder: Path, asked: list[str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-m", "specbeam", "compare", *asked, f"output_dir={folder}"],
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+
+
+@pytest.mark.heavy
+def test_a_run_killed_at_ten_random_moments_ends_as_an_undisturbed_one(pair: list[str], tmp_path: Path) -> None:
+    """Most moments lie among new rows, some where a resumed run has just rewritten its file."""
+    # a fixed draft length: `auto` weighs the machine's costs
+    asked = [*pair, "prompts=[one,two,three]", "repeats=60", "only=[greedy,speculative,beam]",
+             "methods.speculative.draft_length=3", "runner=eager"]  # fmt: skip
+    assert compare(tmp_path / "whole", *asked) == 0
+    folder, chance = tmp_path / "run", random.Random(0)
+    file = folder / "rows.jsonl"
+    kept: dict[records.RowKey, dict[str, Any]] = {}
+    for kill in range(10):
+        rewritten = file.stat().st_mtime_ns if file.exists() else 0
+        process = start(folder, asked)
+        try:
+            until = time.monotonic() + 120
+            while (not file.exists() or file.stat().st_mtime_ns == rewritten if kill % 4 == 3  # while it resumes
+                   else len(records.read_rows(file)) <= len(kept)):  # or among new rows
+                assert process.poll() is None and time.monotonic() < until
+                time.sleep(0.002)
+            time.sleep(chance.uniform(0, 0.4))
+            assert process.poll() is None, "it ended before the kill: ask for more repeats"
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        now = {records.row_key(row): row for row in records.read_rows(file)}
+        assert all(now[key] == row for key, row in kept.items()), "a finished row is lost"
+        kept = now
+    assert compare(folder, *asked) == 0
+    rows, whole = rows_of(folder), rows_of(tmp_path / "whole")
+    assert all(rows[key] == row for key, row in kept.items())
+    assert len(records.read_lines(file)) == len(rows) == 540
+    assert {key: row["tokens"] for key, row in rows.items()} == {key: row["tokens"] for key, row in whole.items()}

@@ -28,7 +28,7 @@ from specbeam.drafting.depth import Depth
 from specbeam.drafting.draft_beams import DraftBeams
 from specbeam.drafting.lookup_beams import LookupBeams
 from specbeam.engine.support import adapt, check_lengths, evaluating
-from specbeam.engine.tree import TokenTree, branches, chain
+from specbeam.engine.tree import TokenTree, branches, chain, leaves
 from specbeam.trace import GenerationOutput, Hypothesis
 
 
@@ -113,7 +113,12 @@ def _search(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
         proposal = drafter.propose(beams, limits) if depth > 0 else None
         drafted = batch.clock.mark()
         trees = _trees(beams, proposal)
-        logits, nodes = tree.extend(tips, branches(trees, tree.device))
+        if proposal is None:  # a plain beam step, at a plain beam step's price
+            last = torch.tensor([tokens for tokens, _ in trees], device=tree.device)
+            block = leaves(last, torch.arange(rule.num_beams, device=tree.device).expand_as(last))
+        else:
+            block = branches(trees, tree.device)
+        logits, nodes = tree.extend(tips, block)
         verified = batch.clock.mark()
         batch.phases["draft"].append((start, drafted))
         batch.phases["verify"].append((drafted, verified))
@@ -124,7 +129,8 @@ def _search(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
             drafter.follow(behind)
         else:
             drafter.accept(behind, steps, [parents for _, parents in trees])
-        drafter.observe([tokens for tokens, _ in trees], logits)
+        if proposal is not None:  # while speculation is off, nothing is learnt for it either
+            drafter.observe([tokens for tokens, _ in trees], logits)
         for i, (row, count) in enumerate(zip(batch.live, steps, strict=True)):
             rounds[row] += [len(batch.rows[row].rounds) + 1] * count
             deep = 0 if proposal is None else _depth(proposal.parents[i])
@@ -178,10 +184,12 @@ def _replay(beams: Sequence[Beams], logits: Tensor, trees: Sequence[tuple[list[i
                 for tree in trees]
     behind, steps, over = [row[:] for row in place], [0] * len(beams), [False] * len(beams)
     while active:
-        at = torch.tensor([place[i] for i in active], device=logits.device)
-        own = torch.tensor(active, device=logits.device)[:, None]
+        here = logits  # nothing was proposed: one step, behind the beams as they stand
+        if logits.shape[1] > rule.num_beams:
+            at = torch.tensor([place[i] for i in active], device=logits.device)
+            here = logits[torch.tensor(active, device=logits.device)[:, None], at]
         live, states = [batch.live[i] for i in active], [now[i] for i in active]
-        after, ended, ranked = step(states, log_probabilities(logits[own, at], states, batch.request, live), rule,
+        after, ended, ranked = step(states, log_probabilities(here, states, batch.request, live), rule,
                                     batch.request, live)
         batch.watch(ranked, live)
         still = []

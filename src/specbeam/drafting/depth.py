@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import deque
 from copy import deepcopy
 from dataclasses import dataclass, field
-from statistics import median
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -57,7 +56,7 @@ class Depth:
         costs = self.costs
         costs.rounds += 1
         for depth in (0, 2):  # two yardsticks, then the rest by interpolation
-            if len(costs.seconds.get(depth, ())) < 2:
+            if len(costs.seconds.get(depth, ())) < 3:  # the first of a kind pays for kernels being made
                 self.why = "measuring"
                 return depth
         best = max(range(LONGEST + 1), key=self.rate)
@@ -81,7 +80,7 @@ class Depth:
 
     def _seconds(self, depth: int) -> float:
         """Measured, or on the line through the nearest two depths that were."""
-        known = {d: median(s) for d, s in self.costs.seconds.items()}
+        known = {d: min(s) for d, s in self.costs.seconds.items()}  # what disturbs only ever adds
         if depth in known:
             return known[depth]
         near = sorted(sorted(known, key=lambda d: abs(d - depth))[:2])
