@@ -16,6 +16,7 @@ from tiny import EOS, NAMES, VOCABULARY, left_padded, prompts
 from specbeam import InputError, beam_generate, greedy_generate
 from specbeam.decoding import beam as beam_module
 from specbeam.engine.support import adapt
+from specbeam.engine.tree import TokenTree
 from specbeam.trace import Hypothesis
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using the model-agnostic", "ignore:Unfeasible length")
@@ -170,8 +171,8 @@ def test_the_trace_has_one_round_per_step():
 def test_a_prompt_is_stored_once_for_all_its_beams(monkeypatch):
     """Eight beams of eight steps below a prompt of 40: far fewer slots than eight copies of it."""
     seen = []
-    original = beam_module.TokenTree.__init__
-    monkeypatch.setattr(beam_module.TokenTree, "__init__",
+    original = TokenTree.__init__
+    monkeypatch.setattr(TokenTree, "__init__",
                         lambda self, *args, **named: (seen.append(self), original(self, *args, **named))[1])
     beam_generate(model("llama"), prompts((40,)), num_beams=8, max_new_tokens=8, eos_token_id=None)
     assert seen[0].high <= 40 + 8 * 8
@@ -206,14 +207,14 @@ def _worse(monkeypatch: pytest.MonkeyPatch, **options) -> None:
 
 def test_control_beams_that_follow_the_wrong_parent_are_seen(monkeypatch):
     adapt(model("llama"))  # whose own probe would see it first
-    original = beam_module.TokenTree.extend
+    original = TokenTree.extend
 
     def crossed(self, tips, block, last_only=False):
         if not last_only:
             block = beam_module.leaves(block.tokens, block.tip.flip(1))
         return original(self, tips, block, last_only)
 
-    monkeypatch.setattr(beam_module.TokenTree, "extend", crossed)
+    monkeypatch.setattr(TokenTree, "extend", crossed)
     _worse(monkeypatch)
 
 

@@ -22,7 +22,7 @@ from specbeam.decoding.greedy import greedy_generate
 from specbeam.decoding.request import Request, settle
 from specbeam.decoding.rows import Batch, stops
 from specbeam.engine.support import adapt, check_lengths, evaluating
-from specbeam.engine.tree import TokenTree, chain, leaves
+from specbeam.engine.tree import leaves, read_prompts
 from specbeam.errors import InputError
 from specbeam.sampling import process
 from specbeam.trace import GenerationOutput, Hypothesis
@@ -258,11 +258,9 @@ def search(target: PreTrainedModel, request: Request, states: Sequence[State], w
     check_lengths(adapter, lengths, room)
     batch = Batch(request, target)
     # Beams share most of their past: what they need beyond one answer each is made when it is needed.
-    tree = TokenTree(adapter, len(lengths), max(lengths) + max(room) + 4 * width)
+    tree, tips, logits = read_prompts(adapter, prompts, max(lengths) + max(room) + 4 * width)
     found: list[list[Hypothesis]] = [[] for _ in lengths]
 
-    logits, tips = tree.extend(tree.tips([0] * len(lengths)), chain(prompts, tree.device), last_only=True)
-    tips = tips.pick(torch.tensor(lengths, device=tree.device)[:, None] - 1)
     logits = logits.expand(-1, width, -1)
     start = None
     while True:

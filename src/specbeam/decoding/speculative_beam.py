@@ -28,7 +28,7 @@ from specbeam.drafting.depth import Depth
 from specbeam.drafting.draft_beams import DraftBeams
 from specbeam.drafting.lookup_beams import LookupBeams
 from specbeam.engine.support import adapt, check_lengths, evaluating
-from specbeam.engine.tree import TokenTree, branches, chain, leaves
+from specbeam.engine.tree import branches, leaves, read_prompts
 from specbeam.trace import GenerationOutput, Hypothesis
 
 
@@ -68,11 +68,10 @@ def _search(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
     if draft is not None:
         adapt(draft)  # a first probe is not part of anyone's prefill
     batch = Batch(request, target)
-    tree = TokenTree(adapter, len(lengths), max(lengths) + max(room) + settings.most_nodes + 2 * rule.num_beams)
     found: list[list[Hypothesis]] = [[] for _ in lengths]
 
-    unread = chain(prompts, tree.device)
-    logits, nodes = tree.extend(tree.tips([0] * len(lengths)), unread, last_only=True)
+    tree, tips, logits = read_prompts(adapter, prompts,
+                                      max(lengths) + max(room) + settings.most_nodes + 2 * rule.num_beams)
     drafter: DraftBeams | LookupBeams
     if settings.drafter == "draft_model" and draft is not None:
         drafter = DraftBeams(draft, request, rule.num_beams, settings.width, settings.deepest, logits.shape[-1])
@@ -81,8 +80,8 @@ def _search(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
     drafter.observe([prompt[-1:] for prompt in prompts], logits)
     depths = Depth(target, draft, settings.draft_length, (drafter.name, rule.num_beams, settings.most_nodes),
                    len(lengths))
-    everyone = torch.zeros(len(lengths), rule.num_beams, dtype=torch.long, device=tree.device)
-    tips = nodes.pick(everyone + unread.lengths[:, None] - 1)  # the node that each beam's last token hangs below
+    # The node that each beam's last token hangs below.
+    tips = tips.pick(torch.zeros(len(lengths), rule.num_beams, dtype=torch.long, device=tree.device))
     logits = logits.expand(-1, rule.num_beams, -1)
     beams = [start_beams(rule.num_beams) for _ in lengths]
     beams, over, ranked = step(beams, log_probabilities(logits, beams, request, batch.live), rule, request, batch.live)
@@ -129,7 +128,7 @@ def _search(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
             drafter.follow(behind)
         else:
             drafter.accept(behind, steps, [parents for _, parents in trees])
-        if proposal is not None:  # while speculation is off, nothing is learnt for it either
+            # While speculation is off, nothing is learnt for it either.
             drafter.observe([tokens for tokens, _ in trees], logits)
         for i, (row, count) in enumerate(zip(batch.live, steps, strict=True)):
             rounds[row] += [len(batch.rows[row].rounds) + 1] * count
