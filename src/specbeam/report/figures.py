@@ -40,7 +40,7 @@ def write_figures(run: Run, form: str) -> list[Path]:
     from matplotlib.figure import Figure
 
     folder = run.folder / "figures"
-    style = {"font.size": 8, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False,
+    style: Any = {"font.size": 8, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False,
              "pdf.fonttype": 42, "svg.fonttype": "none", "figure.dpi": 200, "axes.edgecolor": INK,
              "text.parse_math": False}
     written = []
@@ -79,9 +79,9 @@ def _speedups(figure: Figure, run: Run) -> bool:
     axes = figure.subplots()
     for place, (_, one, colour) in enumerate(lines):
         value, low, high = shown(one)
-        if low is not None:
+        if low is not None and high is not None:
             axes.plot([low, high], [place, place], color=colour, alpha=0.5, linewidth=2)
-        axes.plot(value, place, "o", color=colour, markersize=4)
+        axes.plot([value or 0.0], [place], "o", color=colour, markersize=4)
     axes.axvline(1, color=INK, linewidth=0.8)
     axes.set_yticks(range(len(lines)), [name for name, _, _ in lines])
     axes.invert_yaxis()
