@@ -78,7 +78,7 @@ def test_the_defaults_are_the_designs() -> None:
         "transformers_assisted": {"kind": "transformers_assisted", "draft_length": 4},
         "transformers_beam": {"kind": "transformers_beam", "num_beams": 4},
     }
-    assert config["target"] == {"path": "bundled"} and config["draft"] == {"path": "bundled"}
+    assert config["target"] == {"path": "bundled"} and config["draft"]["path"] == "bundled"
     assert config["prompt_set"] == {"path": "bundled", "limit": 8, "per_category": 1}
     assert config["wandb"] == {"mode": "offline", "project": "specbeam"}
     assert {key: config[key] for key in ("batch_size", "repeats", "max_new_tokens", "seed", "device", "dtype")} == {

@@ -78,16 +78,19 @@ def load_pair(
     device_map: str | dict[str, Any] | None = None,
     tp_plan: str | None = None,
     offload_folder: str | os.PathLike[str] | None = None,
+    draft_precision: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]:
     """Target, draft and the target's tokenizer, loaded as `load_model` does; "bundled" as draft is the bundled draft.
 
     `device_map`, `tp_plan` and `offload_folder` place the target; the draft lies whole on `device`.
+    `draft_precision` is the draft's `precision`: see `precision_of_draft`.
 
     Raises InputError, before any weight is read, when the two do not share a vocabulary.
     """
     target_model, draft_model, tokenizer, _ = load_pair_with_tokenizers(
         target, draft, same_vocabulary=True, dtype=dtype, device=device, runner=runner, precision=precision,
         trust_remote_code=trust_remote_code, device_map=device_map, tp_plan=tp_plan, offload_folder=offload_folder,
+        draft_precision=draft_precision,
     )  # fmt: skip
     return target_model, draft_model, tokenizer
 
@@ -105,12 +108,16 @@ def load_pair_with_tokenizers(
     device_map: str | dict[str, Any] | None = None,
     tp_plan: str | None = None,
     offload_folder: str | os.PathLike[str] | None = None,
+    draft_precision: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
     """Target, draft and the tokenizer of each, for `speculative_generate(vocabulary=…)`: they may differ unless
     `same_vocabulary`. Otherwise as `load_pair`."""
+    from specbeam.runners.choose import want_runner
+
     require_draft(target, draft, ["load_pair"])
     assert draft is not None
     check_runner(runner, precision)
+    check_runner(runner, draft_precision)
     check_placement(device_map, tp_plan, runner)
     place = resolve_device(device)
     kind = resolve_dtype(dtype, place)
@@ -119,7 +126,18 @@ def load_pair_with_tokenizers(
     if same_vocabulary:
         check_same_vocabulary(ours.tokenizer, theirs.tokenizer, ours.config, theirs.config)
     target_model, draft_model = _load([ours, theirs], kind, place, runner, precision, trust_remote_code)
+    want_runner(draft_model, runner, precision_of_draft(draft_precision, runner, place, precision))
     return target_model, draft_model, ours.tokenizer, theirs.tokenizer
+
+
+def precision_of_draft(own: str | None, runner: str, device: str, precision: str | None) -> str | None:
+    """The draft's `precision`, where its `own` was left open and the target's is `precision`.
+
+    Under runner "auto" on a CPU it is "int8": a draft step is the reading of its weights, a quarter as many then. What
+    a draft says decides how much is accepted and never what comes out, and one runner gives both its proposals and the
+    probabilities they are judged by, so that this is lossless.
+    """
+    return own or ("int8" if runner == "auto" and device == "cpu" else precision)
 
 
 def require_draft(target: str | os.PathLike[str], draft: str | os.PathLike[str] | None, methods: Sequence[str]) -> None:

@@ -37,7 +37,8 @@ def run_audit(config: dict[str, Any], console: Console) -> int:
     draft = check_draft(methods, target, model_path(config, "draft"))
     for dtype in dtypes:
         check_device_and_dtype(config["device"], dtype)
-    check_runner(config["runner"] or "auto", config["precision"])
+    for precision in (config["precision"], config["draft"].get("precision")):
+        check_runner(config["runner"] or "auto", precision)
     prompts = prompts_from_config(config)
 
     from specbeam.audit import audit
@@ -45,7 +46,8 @@ def run_audit(config: dict[str, Any], console: Console) -> int:
     def load(dtype: str) -> Models:
         with console.status(f"loading models in {dtype}"):
             same = any(method.same_vocabulary for method in methods)
-            models = Models(target, draft, config["device"], dtype, same, config["runner"], config["precision"])
+            models = Models(target, draft, config["device"], dtype, same, config["runner"], config["precision"],
+                            draft_precision=config["draft"].get("precision"))
         models.check(methods)
         return models
 

@@ -127,7 +127,7 @@ def check(config: dict[str, Any]) -> None:
         raise InputError("target.path is null: give bundled, a folder or a hub id.")
     named_drafts(config)
     check_device_and_dtype(config["device"], config["dtype"])
-    check_runner(config["runner"] or "auto")
+    check_runner(config["runner"] or "auto", config["draft"].get("precision"))
     prompts_from_config(config)
 
 
@@ -175,7 +175,7 @@ def _from_models(config: dict[str, Any], lengths: list[int], batch_sizes: list[i
     from specbeam.decoding.sample import sample_generate
     from specbeam.engine.support import adapt
     from specbeam.hardware import size_of
-    from specbeam.models import check_same_vocabulary, load_model
+    from specbeam.models import check_same_vocabulary, load_model, precision_of_draft, resolve_device
 
     given: dict[str, Any] = {"device": config["device"] or "auto", "dtype": config["dtype"] or "auto",
                              "runner": config["runner"] or "auto"}
@@ -209,7 +209,10 @@ def _from_models(config: dict[str, Any], lengths: list[int], batch_sizes: list[i
         with console.status(f"draft {name}"):
             draft = None
             if path is not None:
-                draft, theirs = load_model("bundled-draft" if path == "bundled" else path, **given)
+                precision = precision_of_draft(config["draft"].get("precision"), given["runner"],
+                                               resolve_device(given["device"]), None)
+                path = "bundled-draft" if path == "bundled" else path
+                draft, theirs = load_model(path, **given, precision=precision)
                 check_same_vocabulary(tokenizer, theirs, target.config, draft.config)
                 sizes[name] = list(asdict(size_of(draft.config)).values())
             chances[name] = forced_chances(target, draft, answers, max(lengths), temperature, config["ngram"],

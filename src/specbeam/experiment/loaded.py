@@ -22,6 +22,7 @@ class Models:
     def __init__(
         self, target: str, draft: str | None, device: str | None, dtype: str | None, same_vocabulary: bool = True,
         runner: str | None = None, precision: str | None = None, device_map: Any = None,
+        draft_precision: str | None = None,
     ):  # fmt: skip
         from transformers.utils import logging
 
@@ -37,7 +38,7 @@ class Models:
             self.target, self.tokenizer = models.load_model(target, **options)
         else:
             self.target, self.draft, self.tokenizer, self.draft_tokenizer = models.load_pair_with_tokenizers(
-                target, draft, same_vocabulary=same_vocabulary, **options
+                target, draft, same_vocabulary=same_vocabulary, draft_precision=draft_precision, **options
             )
             same_vocabulary = same_vocabulary or self.tokenizer.get_vocab() == self.draft_tokenizer.get_vocab()
         self.same_vocabulary = same_vocabulary

@@ -26,7 +26,7 @@ TOP_KEYS = (
 )  # fmt: skip
 INNER_KEYS = {
     "target": ("path",),
-    "draft": ("path",),
+    "draft": ("path", "precision"),
     "prompt_set": ("path", "limit", "per_category", "template", "where"),
     "debug": ("render_input_text",),
     "wandb": ("mode", "project"),
@@ -213,7 +213,8 @@ def make_plan(config: dict[str, Any]) -> Plan:
 
     check_executor(config)
     check_device_and_dtype("auto" if config["executor"] == "ray" else config.get("device"), config.get("dtype"))
-    check_runner(config.get("runner") or "auto", config.get("precision"))
+    for precision in (config.get("precision"), config["draft"].get("precision")):
+        check_runner(config.get("runner") or "auto", precision)
     check_placement(config.get("device_map"), None, config.get("runner") or "auto")
     from specbeam.experiment.quality import check_evaluator, check_metrics
 

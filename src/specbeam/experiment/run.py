@@ -140,7 +140,7 @@ def load_models(plan: Plan, config: dict[str, Any]) -> Models:
     same = any(method.same_vocabulary for method in plan.methods)
     return Models(
         plan.target, plan.draft, config["device"], config["dtype"], same, config["runner"], config["precision"],
-        config.get("device_map"),
+        config.get("device_map"), config["draft"].get("precision"),
     )
 
 
