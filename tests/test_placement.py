@@ -69,17 +69,25 @@ def test_bad_input_is_one_sentence(checkpoint: Path, monkeypatch: pytest.MonkeyP
 
 
 PARALLEL = """
-import json, sys
+import itertools, json, random, sys, time
 sys.path.insert(0, {tests!r})
 import specbeam, torch.distributed
 from tiny import prompts
 target, draft, _ = specbeam.load_pair({path!r}, {path!r}, device="cpu", tp_plan="auto")
-split = any("DTensor" in type(weight).__name__ for weight in target.parameters())
+split = [any("DTensor" in type(weight).__name__ for weight in model.parameters()) for model in (target, draft)]
 rows = prompts({lengths!r})
 found = [specbeam.greedy_generate(target, rows, max_new_tokens=12).tokens,
          specbeam.speculative_generate(target, draft, rows, max_new_tokens=12).tokens,
          specbeam.beam_generate(target, rows, max_new_tokens=12, num_beams=3).tokens]
-print(json.dumps([split, found]), flush=True)
+# Each process has a clock of its own, here a wild one: a decision that they do not share is waiting for ever.
+chance = random.Random(torch.distributed.get_rank())
+clock = itertools.accumulate(chance.uniform(0.001, 0.1) for _ in itertools.count())
+time.perf_counter = lambda: next(clock)
+found += [specbeam.speculative_generate(target, draft, rows, max_new_tokens=40, draft_length="auto").tokens,
+          specbeam.speculative_beam_generate(target, draft, rows, max_new_tokens=24, num_beams=3,
+                                             draft_length="auto").tokens]
+with open(sys.argv[1] + str(torch.distributed.get_rank()), "w") as file:  # output of two processes mixes
+    json.dump([split, found], file)
 torch.distributed.destroy_process_group()
 """
 
@@ -88,13 +96,15 @@ torch.distributed.destroy_process_group()
 def test_tensor_parallelism_over_two_processes(checkpoint: Path, tmp_path: Path) -> None:
     script = tmp_path / "parallel.py"
     script.write_text(PARALLEL.format(tests=str(Path(__file__).parent), path=str(checkpoint), lengths=LENGTHS))
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0",
-                           str(script)], text=True, capture_output=True, timeout=300)  # fmt: skip
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                           str(script), str(tmp_path / "rank")], text=True, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[true")]
+    found = [json.loads((tmp_path / f"rank{rank}").read_text()) for rank in range(2)]
     whole, draft, _ = specbeam.load_pair(checkpoint, checkpoint, device="cpu", runner="eager")
     rows = prompts(LENGTHS)
     wanted = [specbeam.greedy_generate(whole, rows, max_new_tokens=12).tokens,
               specbeam.speculative_generate(whole, draft, rows, max_new_tokens=12).tokens,
-              specbeam.beam_generate(whole, rows, max_new_tokens=12, num_beams=3).tokens]  # fmt: skip
-    assert found == [[True, wanted]] * 2
+              specbeam.beam_generate(whole, rows, max_new_tokens=12, num_beams=3).tokens,
+              specbeam.greedy_generate(whole, rows, max_new_tokens=40).tokens,
+              specbeam.beam_generate(whole, rows, max_new_tokens=24, num_beams=3).tokens]  # fmt: skip
+    assert found == [[[True, False], wanted]] * 2  # the draft is whole

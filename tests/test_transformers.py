@@ -171,6 +171,16 @@ def test_a_streamer_is_told_what_generate_tells_it(which):
     assert mine.values == theirs.values and len(mine.values) == 16
 
 
+def test_the_callers_processors_and_criteria_work_in_beams_too():
+    options = BEAMS | {"logits_processor": hf.LogitsProcessorList([LastTokenOut()]), "max_new_tokens": 14,
+                       "stopping_criteria": hf.StoppingCriteriaList([EvenSum()]), "return_dict_in_generate": True,
+                       "output_scores": True}
+    for method in beamed().values():
+        theirs, mine = both(model("llama"), method, IDS, attention_mask=MASK, **options)
+        assert torch.equal(theirs.sequences, mine.sequences) and torch.equal(theirs.beam_indices, mine.beam_indices)
+        torch.testing.assert_close(theirs.sequences_scores, mine.sequences_scores, atol=1e-5, rtol=0)
+
+
 def test_the_callers_stopping_criteria_and_time_limit_work():
     criteria = hf.StoppingCriteriaList([EvenSum()])
     for method in list(plain().values())[:2]:
@@ -236,6 +246,7 @@ def test_an_option_that_no_one_has_heard_of_is_refused_too():
     ("greedy", {"attention_mask": torch.tensor([[1] * 8 + [0]])}, "padding_side"),
     ("speculative", {"assistant_model": "draft"}, "assistant_model"),
     ("beam", {"num_beams": 3, "streamer": Told()}, "streamer"),
+    ("greedy", {"synced_gpus": True}, "synced_gpus"),
 ], ids=lambda value: None if isinstance(value, dict) else str(value))
 def test_what_cannot_be_honoured_is_refused_in_one_sentence(which, options, said):
     method = {"greedy": ours.greedy, "sample": ours.sample, "beam": ours.beam,

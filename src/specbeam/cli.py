@@ -7,6 +7,7 @@ Nothing heavy is imported until a command needs it, so that help is instant. Exi
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 import warnings
@@ -202,7 +203,7 @@ def _report(arguments: list[str]) -> int:
 
     output = values.get("--output")
     return report([Path(folder) for folder in folders], console_to(), values.get("--figures"),
-                  Path(output).expanduser() if output else None)
+                  Path(os.path.expanduser(output)) if output else None)
 
 
 def _models(arguments: list[str]) -> int:
@@ -304,10 +305,12 @@ def _give_each_job_a_folder(configs: list[dict[str, Any]], launched: bool) -> No
     """Jobs of one sweep lie side by side, by number, so that the same sweep with output_dir resumes."""
     if len(configs) < 2 and not launched:
         return
+    from specbeam.experiment.plan import check_text
     from specbeam.experiment.records import new_folder
 
     base = None
     for number, config in enumerate(configs):
+        check_text("output_dir", config["output_dir"])
         if config["output_dir"]:
             config["output_dir"] = str(Path(config["output_dir"]) / str(number))
         else:

@@ -19,7 +19,7 @@ SECONDS = 3.0  # how long a server may take to answer
 PACKAGES = ("torch", "transformers", "accelerate", "openvino", "hydra-core", "wandb", "ray", "lm-eval", "nbclient",
             "matplotlib", "playwright")
 # Of each repository that a preset names: parameters, context, chat template. As their cards say; nothing is downloaded.
-KNOWN = {
+KNOWN: dict[str, tuple[str, int | None, bool | None]] = {
     "bundled": ("24 M", 2048, True), "bundled-draft": ("2.8 M", 2048, True),
     "openai-community/gpt2": ("124 M", 1024, False), "distilbert/distilgpt2": ("82 M", 1024, False),
     "TinyLlama/TinyLlama-1.1B-Chat-v1.0": ("1.1 B", 2048, True),
@@ -29,6 +29,7 @@ KNOWN = {
     "HuggingFaceH4/zephyr-7b-beta": ("7.2 B", 32768, True),
     "Qwen/Qwen2.5-3B-Instruct": ("3.1 B", 32768, True), "Qwen/Qwen2.5-0.5B-Instruct": ("0.49 B", 32768, True),
 }
+UNKNOWN = ("?", None, None)
 
 
 def doctor() -> Iterator[str]:
@@ -56,10 +57,12 @@ def models() -> list[tuple[str, ...]]:
         target = tree.get("target", tree)["path"]
         drafts = [entry["override /draft"] for entry in tree.get("defaults", []) if "override /draft" in entry]
         draft = _draft_path(drafts[0] if drafts else "bundled")
-        size, context, chat = KNOWN[target]
+        size, context, chat = KNOWN.get(target, UNKNOWN)
         cached = [_cached(path) for path in (target, draft) if path]
-        rows.append((preset.stem, target, size, f"{context:,}", "yes" if chat else "no", draft or "none",
-                     KNOWN[draft][0] if draft else "", "yes" if all(cached) else "in part" if any(cached) else "no"))
+        rows.append((preset.stem, target, size, f"{context:,}" if context else "?",
+                     "?" if chat is None else "yes" if chat else "no", draft or "none",
+                     KNOWN.get(draft, UNKNOWN)[0] if draft else "",
+                     "yes" if all(cached) else "in part" if any(cached) else "no"))
     return rows
 
 

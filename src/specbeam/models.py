@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from specbeam.errors import InputError
+from specbeam.errors import InputError, out_of_memory
 from specbeam.placement import check_placed, check_placement, placing
 from specbeam.runners import check_runner
 from specbeam.weights import free_memory, weight_bytes, weight_files
@@ -156,7 +156,7 @@ def check_path(path: object) -> None:
         raise InputError(f"A model's path is {path!r}: give 'bundled', a folder or a hub id such as 'Qwen/Qwen3-0.6B'.")
     if path in _BUNDLED:
         return
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     if folder.is_file():
         raise InputError(f"'{path}' is a file: give the folder it lies in, with config.json and *.safetensors.")
     if folder.is_dir():
@@ -264,7 +264,7 @@ def _open(path: str | os.PathLike[str], trust_remote_code: bool) -> _Checkpoint:
         folder = Path(str(resources.files("specbeam"))) / "bundled" / _BUNDLED[name]
         if not (folder / "config.json").is_file():
             raise InputError(f"The {name} model is missing from this installation ({folder}): reinstall specbeam.")
-    elif (folder := Path(path).expanduser()).is_dir():
+    elif (folder := Path(os.path.expanduser(path))).is_dir():
         pass
     else:
         from specbeam.hub import fetch
@@ -356,7 +356,6 @@ def _load(
 def _load_weights(
     checkpoint: _Checkpoint, dtype: torch.dtype | Literal["auto"], device: str, trust_remote_code: bool
 ) -> PreTrainedModel:
-    import torch
     from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {}
@@ -389,10 +388,8 @@ def _load_weights(
             model = model.to(device)
     except InputError:
         raise
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise InputError(_too_large([checkpoint.name], None, None, device)) from error
     except Exception as error:
-        if isinstance(error, RuntimeError) and "not enough memory" in str(error):
+        if out_of_memory(error):
             raise InputError(_too_large([checkpoint.name], None, None, device)) from error
         raise _unreadable("weights", checkpoint.name, error) from error
     model.config._name_or_path = checkpoint.name

@@ -1,13 +1,15 @@
 """One model on several devices: layers spread by accelerate (`device_map`), or split by tensor parallelism (`tp_plan`).
 
 The engine follows by itself: keys and values lie where their layer computes them, and accelerate moves masks and
-positions to each layer. With tensor parallelism every process runs the same calls and gets the same tokens.
+positions to each layer. With tensor parallelism every process runs the same calls and gets the same tokens; what is
+decided by the clock is decided by that of the first process.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -53,3 +55,20 @@ def check_placed(name: str, model: Any) -> None:
     """Raises InputError for a model whose tokens would have no device to go to."""
     if model.get_input_embeddings().weight.device.type == "meta":
         raise InputError(f"device_map puts the input embedding of '{name}' on disk: keep it on a device or the cpu.")
+
+
+def agreed(seconds: Sequence[float], model: Any) -> list[float]:
+    """The seconds that the first process measured, for a model that is split over several: each would decide by its
+    own clock, and then wait for the others for ever."""
+    import torch
+    from torch import distributed
+
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return list(seconds)
+    from torch.distributed.tensor import DTensor
+
+    if not any(isinstance(weight, DTensor) for weight in model.parameters()):
+        return list(seconds)
+    told = torch.tensor(seconds, dtype=torch.float64, device=model.device)
+    distributed.broadcast(told, 0)
+    return [float(value) for value in told]

@@ -154,7 +154,7 @@ def _decode(name: str, run: Callable[[PreTrainedModel, Request], GenerationOutpu
             if lost.get(argument) is not None:
                 raise InputError(f"{argument} was given to generate, beside custom_generate={name}(…) which does not "
                                  "read it: leave it out (a draft goes into speculative(draft)).")
-        if synced_gpus:
+        if synced_gpus or lost.get("synced_gpus"):
             raise InputError(f"synced_gpus is set (FSDP or DeepSpeed), which {name} does not support.")
         _check_config(name, model, generation_config, beams, samples)
         width = generation_config.num_beams if beams else 1

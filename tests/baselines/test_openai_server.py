@@ -10,10 +10,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
+from checkpoints import make_checkpoint
 from reference import letters
 from refusals import refusal
 
+from specbeam import cli
 from specbeam.baselines.openai_server import check_server, openai_server
+from specbeam.experiment import records
 from specbeam.experiment.plan import plan_method
 
 PROMPT = [40, 41, 42]
@@ -26,6 +29,12 @@ vllm:spec_decode_num_accepted_tokens_per_pos_total{{engine="0",position="0"}} {f
 vllm:spec_decode_num_accepted_tokens_per_pos_total{{engine="0",position="1"}} {second}
 vllm:other 3
 """
+
+
+def event(line):
+    if isinstance(line, str) and line.startswith(":"):  # a comment
+        return f"{line}\n\n".encode()
+    return f"data: {line if isinstance(line, str) else json.dumps(line)}\n\n".encode()
 
 
 @contextmanager
@@ -52,8 +61,7 @@ def server(lines=(), *, status=200, silent=0.0, pause=0.0, metrics=(), cut=False
             self.send_response(status)
             self.send_header("Transfer-Encoding", "chunked")
             self.end_headers()
-            for line in [body] if body else [f"data: {one if isinstance(one, str) else json.dumps(one)}\n\n".encode()
-                                             for one in lines]:
+            for line in [body] if body else [event(one) for one in lines]:
                 try:
                     self.wfile.write(b"%x\r\n%s\r\n" % (len(line), line))
                 except BrokenPipeError:  # who asked has given up
@@ -157,6 +165,32 @@ def test_a_refused_connection_and_a_server_without_models_are_said():
         pass
     assert "nothing answers at http://127.0.0.1" in refusal(ask, url, model="x")
     assert "nothing answers" in refusal(ask, url)
+
+
+def test_comments_that_keep_a_connection_alive_are_silence():
+    with server([": still here"] * 8 + WHOLE, pause=0.1) as (url, _):
+        assert "said nothing for too long" in refusal(ask, url, timeout=0.3)
+        assert ask(url, timeout=5).trace[0].counted == 3
+
+
+def test_in_a_run_each_of_these_is_a_failed_row_and_the_others_go_on(tmp_path):
+    target = make_checkpoint("gpt2", tmp_path / "target")
+    with (server(WHOLE) as (good, _), server([piece("ab")]) as (half, _), server(WHOLE, silent=1.5) as (silent, _),
+          server([], status=500) as (broken, _)):
+        urls = {"good": good, "half": half, "silent": silent, "broken": broken, "gone": "http://127.0.0.1:9/v1"}
+        methods = ", ".join(f'{name}: {{kind: openai_server, base_url: "{url}", timeout: 1}}'
+                            for name, url in urls.items())
+        status = cli.main(["compare", f"target.path={target}", "draft=none", 'prompts=["ab", "ba"]', "repeats=1",
+                           f"methods={{greedy: {{kind: greedy}}, {methods}}}", "max_new_tokens=3", "runner=eager",
+                           "device=cpu", "wandb.mode=disabled", f"output_dir={tmp_path / 'run'}"])
+    assert status == 1
+    rows = records.read_lines(tmp_path / "run" / "rows.jsonl")
+    errors = {name: {row["error"] for row in rows if row["method"] == name} for name in ("greedy", *urls)}
+    assert errors["greedy"] == errors["good"] == {None} and len(rows) == 12
+    for name, said in (("half", "gave half an answer"), ("silent", "said nothing for too long"),
+                       ("broken", "status 500"), ("gone", "nothing answers at http://127.0.0.1:9/v1")):
+        [error] = errors[name]
+        assert said in error and "\n" not in error
 
 
 @pytest.mark.parametrize("settings, said", [

@@ -6,12 +6,14 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from checkpoints import make_checkpoint
 
 from specbeam import cli
 from specbeam.experiment import records
+from specbeam.experiment.launch import run_job
 
 
 def refused(capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
@@ -25,6 +27,20 @@ def test_bad_input_is_one_sentence(capsys: pytest.CaptureFixture[str], tmp_path:
     assert "not named" in refused(capsys, "--multirun", "hydra.launcher.n_jobs=2", "seed=1,2")
     folder = f"output_dir={tmp_path / 'sweep'}"
     assert "There is no launcher 'rocket'" in refused(capsys, "--multirun", "hydra/launcher=rocket", "seed=1,2", folder)
+
+
+def test_what_breaks_a_job_is_in_its_own_log_with_its_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> int:
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr("specbeam.experiment.run.compare", broken)
+    monkeypatch.setattr("hydra.core.hydra_config.HydraConfig.get", lambda: SimpleNamespace(job=SimpleNamespace(num=1)))
+    assert run_job([{"output_dir": str(tmp_path / name)} for name in "01"], [], None) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["1.log"]
+    log = (tmp_path / "1.log").read_text()
+    assert "Traceback" in log and log.endswith("RuntimeError: no such luck\n")
 
 
 @pytest.mark.heavy
@@ -64,5 +80,5 @@ def test_a_failed_job_says_why_in_its_own_log_and_the_others_go_on(tmp_path: Pat
          "max_new_tokens=4", 'prompts=["Fox"]', f"output_dir={sweep}"],
         text=True, capture_output=True, timeout=400)  # fmt: skip
     assert done.returncode == 2
-    assert "bad" in (sweep / "0.log").read_text() and "cannot be read" in (sweep / "0.log").read_text()
+    assert (sweep / "0.log").read_text().startswith(f"specbeam: '{bad}' is damaged")
     assert (sweep / "1" / "summary.json").exists()

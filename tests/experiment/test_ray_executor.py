@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 from checkpoints import make_checkpoint
 
+import specbeam
 from specbeam import cli
+from specbeam.drafting.length import write_costs
 from specbeam.experiment import records
 from specbeam.experiment.compose import compose
 from specbeam.experiment.plan import Cell, make_plan
@@ -187,9 +189,12 @@ def command(folder: Path, pair: list[str], *overrides: str) -> list[str]:
 
 
 def compare(folder: Path, pair: list[str], *overrides: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    return subprocess.run(command(folder, pair, *overrides), text=True, capture_output=True, timeout=300,
-                          env=environment)
+    return subprocess.run(command(folder, pair, *overrides), text=True, capture_output=True, timeout=300, env=clean())
+
+
+def clean() -> dict[str, str]:
+    """The environment without what the `ray` fixture's own instance has put there."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
 
 
 def tokens_of(folder: Path) -> dict[records.RowKey, list[int]]:
@@ -204,6 +209,8 @@ ON_RAY = ("executor=ray", "ray.address=local")
 @heavy
 def test_the_same_seed_gives_the_same_tokens_whatever_the_number_of_actors(pair: list[str], tmp_path: Path) -> None:
     pytest.importorskip("ray")
+    pair = [*pair, f"methods.frozen={{kind: speculative, temperature: 1.0, top_k: 0, draft_length: auto, costs: "
+            f"'{frozen_costs(pair, tmp_path / 'costs.json')}'}}", "only=[greedy,speculative,drawn,frozen]"]  # fmt: skip
     assert compare(tmp_path / "local", pair).returncode == 0
     wanted = tokens_of(tmp_path / "local")
     for actors in (1, 2):
@@ -218,9 +225,87 @@ def test_the_same_seed_gives_the_same_tokens_whatever_the_number_of_actors(pair:
         assert len({row["worker"] for row in rows}) == actors
         assert len(records.read_json(folder / "environment.json")["workers"]) == actors
         summary = records.read_json(folder / "summary.json")
+        assert list(summary["methods"]) == ["greedy", "speculative", "drawn", "frozen"]
         assert summary["methods"]["greedy"]["perplexity"] > 1
         assert all(trace["target_probability"] for trace in records.read_lines(folder / "trace.jsonl"))
         assert (folder / "report.html").exists()
+
+
+def frozen_costs(pair: list[str], file: Path) -> Path:
+    """What draft_length=auto has learned of the pair, in a file."""
+    target, draft, tokenizer = specbeam.load_pair(*(setting.partition("=")[2] for setting in pair[:2]), device="cpu")
+    batch = specbeam.render_prompt(tokenizer, ["Fox 1"])
+    specbeam.speculative_generate(target, draft, batch.input_ids, draft_length="auto", temperature=1.0, top_k=0,
+                                  max_new_tokens=40)  # fmt: skip
+    write_costs(str(file), target, draft, temperature=1.0)
+    return file
+
+
+@heavy
+def test_a_prompt_that_cannot_be_answered_is_the_failed_row_of_a_local_run(pair: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    asked = [*pair[:-1], "prompts=" + json.dumps(["Fox", "owl " * 400])]
+    assert compare(tmp_path / "local", asked).returncode == 1
+    assert compare(tmp_path / "ray", asked, *ON_RAY, "ray.actors=1").returncode == 1
+    there, here = ({records.row_key(row): (row["status"], row["error"], row["tokens"])
+                    for row in records.read_lines(tmp_path / name / "rows.jsonl")} for name in ("local", "ray"))
+    assert there == here and {status for status, *_ in here.values()} == {"ok", "failed"}
+
+
+# ---- a cluster that others started
+
+CLUSTER = """
+import sys
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+second = cluster.add_node(num_cpus=1)
+print("address", cluster.address, flush=True)
+for line in sys.stdin:
+    cluster.remove_node(second, allow_graceful=False)
+cluster.shutdown()
+"""
+
+
+@pytest.fixture
+def cluster() -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """Two nodes of one core each that want a token; a line on the process's input kills the second."""
+    pytest.importorskip("ray")
+    process = subprocess.Popen([sys.executable, "-c", CLUSTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL, text=True, env=clean() | TOKEN)  # fmt: skip
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        line = next(line for line in process.stdout if line.startswith("address "))
+        yield line.split()[1], process
+    finally:
+        process.stdin.close()
+        process.wait(60)
+
+
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 2}
+
+
+@heavy
+def test_a_cluster_is_joined_by_its_address_and_token_and_may_lose_a_node(
+    cluster: tuple[str, subprocess.Popen[str]], pair: list[str], tmp_path: Path
+) -> None:
+    address, nodes = cluster
+    asked = [*pair[:-1], "prompts=" + json.dumps([f"Fox {n}" for n in range(60)]), "max_new_tokens=100",
+             "executor=ray", f"ray.address={address}", "ray.timeout_seconds=20"]  # fmt: skip
+    done = compare(tmp_path / "run", asked)
+    assert done.returncode == 2 and "No Ray cluster" in done.stderr and not (tmp_path / "run").exists()
+    driver = subprocess.Popen(command(tmp_path / "run", asked), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                              text=True, env=clean() | TOKEN)  # fmt: skip
+    until = time.monotonic() + 120
+    while len(records.read_rows(tmp_path / "run" / "rows.jsonl")) < 12:
+        assert time.monotonic() < until and driver.poll() is None
+        time.sleep(0.02)
+    assert nodes.stdin is not None
+    nodes.stdin.write("kill\n")
+    nodes.stdin.flush()
+    assert driver.wait(240) == 0, driver.stderr and driver.stderr.read()
+    rows = records.read_lines(tmp_path / "run" / "rows.jsonl")
+    assert len(rows) == 360 and all(row["status"] == "ok" for row in rows)
+    assert len({row["worker"] for row in rows}) >= 2  # both nodes worked until one was gone
 
 
 @heavy

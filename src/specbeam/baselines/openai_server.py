@@ -139,17 +139,23 @@ def _check_status(response: httpx.Response, base: str) -> None:
 
 def _ask(client: httpx.Client, base: str, body: dict[str, Any]) -> Answer:
     """The streamed answer to one request."""
+    import httpx
+
     pieces: list[tuple[str, float]] = []
     reason = counted = None
     over = False
-    started = time.perf_counter()
+    started = last = time.perf_counter()
+    patience = client.timeout.read or float("inf")
     with _explained(base), client.stream("POST", f"{base}/completions",
                                          json=body | {"stream_options": {"include_usage": True}}) as response:
         _check_status(response, base)
         for line in response.iter_lines():
-            if not line.startswith("data:"):
+            heard = time.perf_counter()
+            if not line.startswith("data:"):  # comments keep a connection alive, but they say nothing
+                if heard - last > patience:
+                    raise httpx.ReadTimeout("only comments")
                 continue
-            now = time.perf_counter() - started
+            last, now = heard, heard - started
             data = line[len("data:"):].strip()
             if data == "[DONE]":
                 over = True

@@ -14,6 +14,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from specbeam.drafting.beam_settings import LONGEST
+from specbeam.placement import agreed
 
 _CLEARLY = 1.03  # a gain below this is noise, and trying is not free
 
@@ -91,7 +92,7 @@ class Depth:
     def learn(self, depth: int, steps: list[int], seconds: list[float]) -> None:
         """steps: committed by each row that goes on (one that ended says nothing about survival)."""
         costs = self.costs
-        costs.seconds.setdefault(depth, deque(maxlen=9)).append(seconds[2])
+        costs.seconds.setdefault(depth, deque(maxlen=9)).append(agreed(seconds, self.models[0])[2])
         for count in steps:
             for k in range(min(depth, count)):
                 costs.reached[k] = 0.97 * costs.reached[k] + 1

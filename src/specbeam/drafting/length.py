@@ -30,6 +30,7 @@ from weakref import WeakKeyDictionary
 
 from specbeam.drafting import Proposal, Settings
 from specbeam.errors import InputError
+from specbeam.placement import agreed
 
 _BUCKETS = 10
 _MEMORY = 0.99  # of what was accepted, per round: texts change
@@ -247,7 +248,7 @@ class Length:
         costs, learned = self.costs, self.costs.learned
         if not self.auto or self.frozen is not None:
             return
-        draft, verify, whole = seconds
+        draft, verify, whole = agreed(seconds, self.models[0])
         costs.verify[new].append(verify)
         learned.tried, learned.kept = ([_MEMORY * n for n in counts] for counts in (learned.tried, learned.kept))
         if proposal is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -79,18 +80,20 @@ def run_forecast(config: dict[str, Any], command: list[str], console: Console) -
     from specbeam.hardware import read_hardware
 
     hardware = None if config["hardware"] is None else read_hardware(config["hardware"])
+    folder = Path(os.path.expanduser(config["output_dir"])) if config["output_dir"] else None
+    if folder is not None:
+        records.check_writable(folder)
     lengths, batch_sizes = sorted(set(config["draft_lengths"])), list(dict.fromkeys(config["batch_sizes"]))
     costs: dict[tuple[str, int], Costs] = {}
     facts: dict[str, Any] = {}
     if config["traces"] is None:
         traces, costs, facts = _from_models(config, lengths, batch_sizes, hardware, console)
     else:
-        traces = read_traces(Path(config["traces"]).expanduser(), max(lengths))
+        traces = read_traces(Path(os.path.expanduser(config["traces"])), max(lengths))
     if hardware is not None:
         costs = _costs_elsewhere(config, traces, hardware, lengths, batch_sizes)
     lines = [line for size in batch_sizes for draft in traces.drafts for length in lengths
              if (line := predict(traces, draft, length, size, costs[draft, size])) is not None]
-    folder = Path(config["output_dir"]).expanduser() if config["output_dir"] else None
     folder = folder or records.new_folder(Path("outputs/forecast"))
     folder.mkdir(parents=True, exist_ok=True)
     where = f"this machine, {facts.get('dtype')}, runner {facts.get('runner')}" if hardware is None else hardware.name

@@ -8,6 +8,7 @@ writes a run folder of its own, and what it would print, a traceback too, to <nu
 
 from __future__ import annotations
 
+import os
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -49,7 +50,7 @@ def launch(configs: list[dict[str, Any]], own: Sequence[str], command: list[str]
     from omegaconf.errors import OmegaConfBaseException
 
     for config in configs:  # a job may start elsewhere
-        config["output_dir"] = str(Path(config["output_dir"]).expanduser().resolve())
+        config["output_dir"] = str(Path(os.path.expanduser(config["output_dir"])).resolve())
     base = Path(configs[0]["output_dir"]).parent
     base.mkdir(parents=True, exist_ok=True)
     name = next(text for text in own if text.startswith("hydra/launcher=")).partition("=")[2]

@@ -280,7 +280,7 @@ def plan_method(label: str, settings: Any, max_new_tokens: int) -> PlannedMethod
     kind = settings.get("kind")
     if kind is None:
         raise InputError(f"methods.{label} has no kind: use one of {', '.join(METHODS)}.")
-    if kind not in METHODS:
+    if not isinstance(kind, str) or kind not in METHODS:
         raise InputError(
             f"{f'{place}kind' if label else 'method'} is {kind!r}{nearest(str(kind), list(METHODS))}: "
             f"use one of {', '.join(METHODS)}."
@@ -427,7 +427,10 @@ def check_text(name: str, value: Any) -> None:
 
 
 def model_path(config: dict[str, Any], role: str) -> str | None:
-    path = config[role].get("path")
+    section = config.get(role)
+    if section is not None and not isinstance(section, dict):
+        raise InputError(f"{role} is {section!r}: give {role}.path=<folder or hub id>, or {role}=<preset>.")
+    path = (section or {}).get("path")
     if path is None:
         return None
     if not isinstance(path, str) or not path.strip():

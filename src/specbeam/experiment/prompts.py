@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -72,11 +73,17 @@ def prompts_from_config(config: dict[str, Any]) -> list[Prompt]:
     if given is not None:
         return prompts_from_list(given)
     prompt_set = config.get("prompt_set") or {}
+    if not isinstance(prompt_set, dict):
+        raise InputError(f"prompt_set is {prompt_set!r}: give prompt_set.path=<file.jsonl>, or prompt_set=<preset>.")
+    for name in ("limit", "per_category"):
+        number = prompt_set.get(name)
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+            raise InputError(f"prompt_set.{name} is {number!r}: give a whole number of at least 1, or null for all.")
     path = prompt_set.get("path")
     if not isinstance(path, str) or not path:
         raise InputError("There are no prompts: give prompts=[…] or prompt_set.path=<file.jsonl>.")
     check_template(prompt_set.get("template"))
-    file = BUNDLED if path == "bundled" else Path(path).expanduser()
+    file = BUNDLED if path == "bundled" else Path(os.path.expanduser(path))
     if prompt_set.get("where") and not file.exists():
         raise InputError(f"There is no prompt file {str(file)!r} in {str(Path.cwd())!r}: get it from "
                          f"{prompt_set['where']} and give its place with prompt_set.path=….")

@@ -73,8 +73,9 @@ class Unit:
 
     def reads(self, answers: Answers) -> Answers:
         """The earlier answers that it carries on."""
-        names = {name for _, name in self.asked} if self.cells[0].turn else set()
-        return {key: text for key, text in answers.items() if key[1] in names} if names else {}
+        keys = ((cell.method.label, prompt.id, turn) for cell in self.cells for prompt in cell.prompts
+                for turn in range(cell.turn))
+        return {key: answers[key] for key in keys if key in answers}
 
 
 def units_of(cells: Sequence[Cell]) -> list[Unit]:
@@ -265,7 +266,7 @@ def devices(resources: dict[str, float], config: dict[str, Any]) -> tuple[int, d
 
 
 def absolute(path: str) -> str:
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     return str(folder.resolve()) if folder.is_dir() else path
 
 

@@ -57,13 +57,24 @@ def holds_run(folder: Path, config: dict[str, Any], prompts: list[dict[str, Any]
             return True
         if folder.exists() and any(folder.iterdir()):
             raise InputError(f"output_dir {str(folder)!r} holds other files and no run: give a new or an empty folder.")
-        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-        if not os.access(there, os.W_OK | os.X_OK):  # said before a model is loaded
-            raise InputError(f"output_dir {str(folder)!r} cannot be used ({str(there)!r} is read-only): give another "
-                             "folder.")
+        check_writable(folder)
     except OSError as error:
         raise InputError(_unusable(folder, error)) from None
     return False
+
+
+def check_writable(folder: Path) -> None:
+    """Raises InputError for an output_dir that cannot be made or written: to be asked before a model is loaded."""
+    try:
+        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise InputError(f"output_dir {str(folder)!r} cannot be used ({str(there)!r} is read-only): give another "
+                             "folder.")
+        if not there.is_dir():
+            raise InputError(f"output_dir {str(folder)!r} cannot be used ({str(there)!r} is a file): give another "
+                             "folder.")
+    except OSError as error:
+        raise InputError(_unusable(folder, error)) from None
 
 
 def start_run(folder: Path, config: dict[str, Any], resolved: dict[str, Any], prompts: list[dict[str, Any]]) -> None:

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from specbeam.errors import InputError
+from specbeam.errors import InputError, out_of_memory
 from specbeam.experiment.prompts import Conversation, Prompt
 from specbeam.metrics.beams import beam_figures
 
@@ -207,4 +207,6 @@ def _rounded(score: float | None) -> float | None:
 def one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     text = text if isinstance(error, InputError) and text else f"{type(error).__name__}: {text}".rstrip(": ")
+    if out_of_memory(error):
+        text = f"memory ran out: lower batch_size or max_new_tokens, or take smaller models ({text})."
     return text if len(text) <= MAX_ERROR else text[: MAX_ERROR - 1] + "…"

@@ -7,6 +7,7 @@ tracking come before or after.
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ def compare(config: dict[str, Any], command: list[str], console: Console) -> int
     """
     plan = make_plan(config)
     prompts = [prompt.as_record() for prompt in plan.prompts]
-    folder = Path(config["output_dir"]).expanduser() if config["output_dir"] else None
+    folder = Path(os.path.expanduser(config["output_dir"])) if config["output_dir"] else None
     resumed = folder is not None and records.holds_run(folder, config, prompts)
     cells = left = list(plan.cells())
     rows: list[dict[str, Any]] = []

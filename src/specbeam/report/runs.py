@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,7 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     """Raises InputError for what is no run folder, or one without a single row."""
-    folder = Path(folder).expanduser()
+    folder = Path(os.path.expanduser(folder))
     what = str(folder)
     if not folder.exists():
         raise InputError(f"There is no folder {what!r}: give one that `specbeam compare` wrote.")
