@@ -1,6 +1,7 @@
 """What Ray costs and brings: rows a minute with 1 and 2 actors against the local executor, and the driver's capacity.
 
-    python benchmarks/ray_executor.py [--prompts 16] [--rounds 2] [--no-op-cells 10000] [--out FILE.jsonl]
+    python benchmarks/ray_executor.py [--prompts 40] [--rounds 2] [--no-op-cells 10000] [--out FILE.jsonl]
+                                      [--figure FILE.svg]
 
 Needs Ray (pip install 'specbeam[ray]'). The runs are whole `specbeam compare` commands on the bundled pair, eager, one
 core an actor; of the local executor with one thread (what one actor has) and with two. Rounds are interleaved. The
@@ -19,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from rich.console import Console
@@ -32,6 +34,7 @@ ON_RAY = ("executor=ray", "ray.address=local", "ray.cpus_per_actor=1")
 RUNS: dict[str, tuple[int, tuple[str, ...]]] = {  # threads, overrides
     "local, 1 thread": (1, ()), "local, 2 threads": (2, ()),
     "1 actor": (1, (*ON_RAY, "ray.actors=1")), "2 actors": (1, (*ON_RAY, "ray.actors=2"))}  # fmt: skip
+COLOURS = (("#c9d1d9", 110, "start, until the first row"), ("#1766c2", 290, "rows"), ("#5fb3ab", 350, "judging"))
 TURN = 0.05  # seconds between two looks at rows.jsonl
 
 
@@ -82,22 +85,29 @@ def capacity(cells: int, actors: int = 2) -> Iterator[tuple[str, dict[str, float
     start = time.monotonic()
     run_units(crew, units, {}, lambda outcomes: None)
     dealt = time.monotonic() - start
+    # As many units on their way as 1,000 actors would have: each of these slots is one of the two.
+    many = Crew(crew.start, (), 60.0, {slot: crew.actors[slot % actors] for slot in range(1000)})
+    start = time.monotonic()
+    run_units(many, units_of(made), {}, lambda outcomes: None)
+    crowded = time.monotonic() - start
     with tempfile.TemporaryDirectory() as folder:
         start = time.monotonic()
         rows = crew.run(Path(folder), made, [], Console(quiet=True))
         written = time.monotonic() - start
     ray.shutdown()
     assert len(rows) == cells
-    for name, seconds in (("driver, dealing out", dealt), ("driver, writing too", written)):
+    for name, seconds in (("driver, dealing out", dealt), ("driver, 1,000 units on their way", crowded),
+                          ("driver, writing too", written)):
         yield name, {"cells": cells, "seconds": seconds, "cells_per_second": cells / seconds}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--prompts", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--no-op-cells", type=int, default=10_000)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--figure", type=Path, help="where the bars of what --out holds are drawn")
     chosen = parser.parse_args()
     lines = chosen.out.read_text().splitlines() if chosen.out and chosen.out.exists() else []
     found = {(line["what"], line["round"]) for line in map(json.loads, lines)}
@@ -115,6 +125,29 @@ def main() -> None:
         if ("driver, writing too", number) not in found:
             for name, figures in capacity(chosen.no_op_cells):
                 say(name, number, figures)
+    if chosen.figure and chosen.out:
+        chosen.figure.write_text(figure([json.loads(line) for line in chosen.out.read_text().splitlines()]), "utf-8")
 
 
-main()
+def figure(lines: list[dict[str, Any]]) -> str:
+    """Bars of seconds, means over rounds: until the first row, until the last, judging and reporting."""
+    runs = {name: [line for line in lines if line["what"] == name] for name in RUNS}
+    scale = 380 / max(line["seconds"] for some in runs.values() for line in some)
+    parts = []
+    for place, (name, some) in enumerate(runs.items()):
+        first, last, end, rate = (mean(line[key] for line in some) for key in (
+            "until_first_row", "until_last_row", "seconds", "rows_per_minute"))  # fmt: skip
+        y = 34 + 26 * place
+        for begin, stop, (colour, _, _) in zip((0.0, first, last), (first, last, end), COLOURS, strict=True):
+            parts.append(f'<rect x="{110 + begin * scale:.1f}" y="{y}" width="{(stop - begin) * scale:.1f}" '
+                         f'height="16" fill="{colour}"/>')
+        parts.append(f'<text x="104" y="{y + 12}" text-anchor="end">{name}</text>'
+                     f'<text x="{116 + end * scale:.1f}" y="{y + 12}">{end:.0f} s, {rate:.0f} rows a minute</text>')
+    legend = "".join(f'<rect x="{x}" y="8" width="10" height="10" fill="{colour}"/>'
+                     f'<text x="{x + 14}" y="17">{what}</text>' for colour, x, what in COLOURS)
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 660 {44 + 26 * len(runs)}" font-family="sans-serif" '
+            f'font-size="12"><rect width="100%" height="100%" fill="#fff"/>{legend}{"".join(parts)}</svg>\n')
+
+
+if __name__ == "__main__":
+    main()

@@ -18,6 +18,7 @@ def test_every_preset_is_listed_with_its_facts(monkeypatch, capsys):
     assert set(rows) == {path.stem for path in (CONF / "target").glob("*.yaml")}
     assert rows["bundled"][1:] == ("bundled", "24 M", "2,048", "yes", "bundled-draft", "2.8 M", "yes")
     assert rows["gpt2"][1:] == ("openai-community/gpt2", "124 M", "1,024", "no", "distilbert/distilgpt2", "82 M", "no")
+    assert not any("?" in row for row in rows.values()), "a preset that doctor.KNOWN does not know"
     assert cli.main(["models"]) == 0 and "zephyr-7b-beta" in capsys.readouterr().out
 
 
@@ -48,6 +49,7 @@ def test_a_server_that_cannot_be_reached_is_said_soon():
     ("specbeam compare max", ["max_new_tokens="]),
     ("specbeam compare target=qwen", ["qwen2.5-3b-instruct"]),  # bash completes what stands behind =
     ("specbeam compare prompt_set.l", ["prompt_set.limit="]),
+    ("specbeam compare --multirun hydra/launcher=j", ["joblib"]),
     ("specbeam report --f", ["--figures"]),
     ("specbeam completion ", ["bash", "zsh"]),
 ])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from specbeam.errors import InputError
+from specbeam.experiment.launch import PACKAGES
 
 CONF = Path(__file__).resolve().parent / "conf"
 CONFIGS = {"compare": "config.yaml", "generate": "generate.yaml", "audit": "audit.yaml",
@@ -77,6 +78,8 @@ def words(command: str) -> list[str]:
         found += [f"{group}={preset.stem}" for preset in presets]
         inner = {key for preset in presets for key in _keys(_section(preset, group))}
         found += [f"{group}.{key}=" for key in sorted(inner)] if group != "experiment" else []
+    if command == "compare":
+        found += [f"hydra/launcher={name}" for name in PACKAGES]
     return sorted(dict.fromkeys(found)) + flags
 
 

@@ -189,7 +189,7 @@ def _decode(name: str, run: Callable[[PreTrainedModel, Request], GenerationOutpu
 
 
 def _dropped() -> dict[str, Any]:
-    """Arguments of the `generate` call that is running: transformers (5.17 to 5.23) drops some of them, the streamer
+    """Arguments of the `generate` call that is running: transformers (5.17 and 5.23) drops some of them, the streamer
     too, on the way to a callable. They are only to be found in its frame; {} where it is not the caller."""
     frame = sys._getframe(2)
     own = {getattr(GenerationMixin.generate, "__wrapped__", GenerationMixin.generate).__code__}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +31,11 @@ def overrides(command: str) -> st.SearchStrategy[list[str]]:
         st.builds("{}{}={}".format, sign, keys, VALUES),
         st.builds("methods.{}={}".format, st.sampled_from(["x", "greedy", "x.kind", "a.b.c", ""]), VALUES),
         st.text(max_size=20)), min_size=1, max_size=2)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # a sweep makes its folder before its first job
 
 
 def refuse(*_: Any, **__: Any) -> None:

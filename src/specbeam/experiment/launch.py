@@ -8,6 +8,7 @@ writes a run folder of its own, and what it would print, a traceback too, to <nu
 
 from __future__ import annotations
 
+import logging
 import os
 import traceback
 import warnings
@@ -85,6 +86,8 @@ def run_job(configs: list[dict[str, Any]], command: list[str], _: Any) -> int:
     from specbeam.experiment.run import compare
 
     config = configs[HydraConfig.get().job.num]
+    logger = logging.getLogger("specbeam")
+    before = logger.handlers, logger.propagate, warnings.showwarning
     with open(f"{config['output_dir']}.log", "a", encoding="utf-8") as log:
         try:
             return compare(config, command, console_to(log))
@@ -94,3 +97,5 @@ def run_job(configs: list[dict[str, Any]], command: list[str], _: Any) -> int:
         except Exception:
             traceback.print_exc(file=log)
             return 1
+        finally:  # this process may live on, the log does not
+            logger.handlers, logger.propagate, warnings.showwarning = before
