@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import mean
+from statistics import linear_regression, mean
 from typing import Any
 
 from rich.console import Console
@@ -47,7 +47,7 @@ class Idle:
 
 
 def whole_run(prompts: int, threads: int, overrides: tuple[str, ...]) -> dict[str, float]:
-    """Seconds of a run, of its start (until its first row) and rows a minute from then on."""
+    """Seconds of a run, of its start (until its first row), and rows a minute (the slope of their count)."""
     with tempfile.TemporaryDirectory() as base:
         folder = Path(base) / "run"
         command = [sys.executable, "-m", "specbeam", "compare", "only=[greedy,speculative]", "prompt_set=all",
@@ -66,9 +66,9 @@ def whole_run(prompts: int, threads: int, overrides: tuple[str, ...]) -> dict[st
         seconds = time.monotonic() - start
         if process.returncode:
             raise SystemExit(f"{' '.join(command)} ended with status {process.returncode}")
-    (first, few), (last, all_) = times[0], times[-1]
-    return {"seconds": seconds, "until_first_row": first, "rows": all_, "until_last_row": last,
-            "rows_per_minute": 60 * (all_ - few) / (last - first)}  # fmt: skip
+    slope = linear_regression(*zip(*times, strict=True)).slope  # from end to end would count one actor's first unit
+    return {"seconds": seconds, "until_first_row": times[0][0], "rows": times[-1][1], "until_last_row": times[-1][0],
+            "rows_per_minute": 60 * slope}  # fmt: skip
 
 
 def capacity(cells: int, actors: int = 2) -> Iterator[tuple[str, dict[str, float]]]:
