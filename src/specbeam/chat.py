@@ -232,6 +232,11 @@ def _merge(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, plain: bool) -> list[int]:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:  # a tokenizer would raise a TypeError
+        raise InputError(f"what the model would read is no text at character {error.start + 1}: a lone surrogate, "
+                         "which bytes that are not UTF-8 become; mend the prompt.") from None
     ids = list(tokenizer(text, add_special_tokens=plain, verbose=False)["input_ids"])
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     while bos is not None and ids[:2] == [bos, bos]:

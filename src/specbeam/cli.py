@@ -96,6 +96,9 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         if arguments[0] not in commands:
             raise InputError(f"There is no command {arguments[0]!r}: use {', '.join(commands)} (specbeam --help).")
+        for argument in arguments:
+            if argument != (text := argument.encode(errors="replace").decode()):
+                raise InputError(f"The argument {text!r} is not UTF-8, where ? stands in it: give it as UTF-8.")
         return commands[arguments[0]](arguments[1:])
     except InputError as error:
         print(f"specbeam: {' '.join(str(error).split())}", file=sys.stderr)

@@ -106,6 +106,21 @@ def test_a_prompt_file_that_is_not_utf8_is_one_sentence_with_file_and_line(tmp_p
     assert not (tmp_path / "run").exists()
 
 
+def test_a_prompt_that_is_no_text_is_a_failed_row_and_an_argument_that_is_none_one_sentence(
+    pair: list[str], tmp_path: Path, capsys: Any
+) -> None:
+    file = tmp_path / "surrogate.jsonl"
+    file.write_text('{"prompt": "Stra\\udcdfe"}\n{"prompt": "Why?"}\n')  # legal JSON
+    assert compare(tmp_path / "run", *pair, f"prompt_set.path={file}", OURS, "runner=eager") == 1
+    for (_, prompt, _, _), row in rows_of(tmp_path / "run").items():
+        assert row["status"] == ("failed" if prompt == "1" else "ok")
+        assert prompt == "2" or "is no text at character" in row["error"]
+    capsys.readouterr()
+    for command in (["generate", "Stra\udcdfe"], ["compare", "system_prompt=\udcff"], ["report", "\udcff"]):
+        assert cli.main(command) == 2
+        assert "is not UTF-8, where ? stands in it" in sentence(capsys)
+
+
 def test_a_full_disk_is_one_sentence_and_the_finished_rows_stay(
     pair: list[str], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
