@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: compare test test-all check clean
+.PHONY: compare test test-all test-machines check clean
 
 compare: $(STAMP)  ## compare decoding methods on the bundled pair, offline
 	$(BIN)/specbeam compare $(ARGS)
@@ -14,6 +14,13 @@ test: $(STAMP)  ## everything but the heavy tests
 test-all: $(STAMP)  ## also what needs a browser (Debian: apt-get install chromium) or minutes
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,browser,figures]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
+
+test-machines: $(STAMP)  ## Ray, Hydra's launchers, two processes, lm-eval, the notebook, a server: 20 minutes, large packages
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  -e '.[dev,ray,sweep,parallel,notebook,lm-eval]' 'transformers[serving]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/experiment/test_ray_executor.py tests/experiment/test_launch.py \
+	  tests/experiment/test_reliability.py tests/test_placement.py tests/test_lm_eval.py tests/test_notebook.py \
+	  tests/baselines/test_transformers_serve.py $(ARGS)
 
 check: $(STAMP)  ## style and types
 	$(BIN)/ruff check src tests recipes benchmarks
