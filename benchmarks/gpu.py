@@ -18,6 +18,7 @@ import gc
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -29,6 +30,7 @@ import transformers as hf
 
 import specbeam
 from specbeam.drafting import DRAFTERS, Proposal
+from specbeam.runners.graph import warming
 
 _QWEN = {"vocab_size": 151936, "num_key_value_heads": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
          "max_position_embeddings": 32768, "tie_word_embeddings": True, "rms_norm_eps": 1e-6}
@@ -111,11 +113,12 @@ def prompt(model: hf.PreTrainedModel, rows: int = 1, tokens: int = 64, seed: int
     return list(torch.randint(10, model.config.vocab_size - 10, (rows, tokens), generator=generator).cuda())
 
 
-def decode_rate(call: Callable[[], Any], repeats: int, warm: int = 2) -> tuple[float, Any]:
-    """Tokens per second of decoding (median of `repeats`, after the shapes were seen), and the last output."""
+def decode_rate(call: Callable[[], Any], repeats: int, warm: int = 1) -> tuple[float, Any]:
+    """Tokens per second of decoding (median of `repeats`, after the shapes were recorded), and the last output."""
     rates = []
     for number in range(-warm, repeats):
-        out = call()
+        with warming() if number < 0 else nullcontext():
+            out = call()
         if number >= 0:
             tokens = sum(len(row) - trace.first_tokens for row, trace in zip(out.tokens, out.trace, strict=True))
             rates.append(tokens / out.trace[0].decode_seconds)
@@ -165,7 +168,7 @@ def limit(runners: list[str], repeats: int, names: list[str], save: Callable[[An
             began = time.perf_counter()
             used = specbeam.use_runner(model, runner)
             new = 33 if runner == "eager" else 160
-            rate, out = decode_rate(partial(plain, new), *((1, 1) if runner == "eager" else (repeats, 2)))
+            rate, out = decode_rate(partial(plain, new), *((1, 1) if runner == "eager" else (repeats, 1)))
             reference = reference or out.tokens[0]
             row[runner] = {
                 "used": used, "per_second": rate, "ms": 1000 / rate, "of_limit": least * rate,
@@ -239,7 +242,7 @@ def formula(runner: str, repeats: int, lengths: list[int], shares: list[float], 
             Oracle.after, Oracle.drafts = after.tolist(), wrong.tolist()
             call = partial(specbeam.speculative_generate, target, draft, given, draft_length=gamma, drafter=drafter,
                            max_new_tokens=160)
-            rate, spoken = decode_rate(call, repeats, warm=2 if share == shares[0] else 0)
+            rate, spoken = decode_rate(call, repeats, warm=int(share == shares[0]))
             trace = spoken.trace[0]
             whole = [one for one in trace.rounds if one.drafted == gamma]
             accepted = sum(one.accepted for one in whole)
@@ -282,7 +285,7 @@ def batches(runner: str, repeats: int, rows: list[int], beams: list[int], save: 
         for label, call in calls.items():
             free()
             torch.cuda.reset_peak_memory_stats()
-            rate, out = decode_rate(call, repeats if count < 16 else 2, warm=2)
+            rate, out = decode_rate(call, repeats if count < 16 else 2)
             peak = torch.cuda.max_memory_allocated() - weights
             answers[label] = out.tokens
             row = {"batch": count, "method": label, "per_second": rate, "peak_gib": peak / 2**30}

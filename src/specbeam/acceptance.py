@@ -7,12 +7,14 @@ draft proposed, as long as q is what the proposals were drawn from. A token that
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from specbeam.sampling import draw
+
+Draw = Callable[[Tensor, Tensor], Tensor]
 
 
 def follow(tokens: Sequence[int], parents: Sequence[int], best: Sequence[int]) -> tuple[list[int], int]:
@@ -30,8 +32,8 @@ def follow(tokens: Sequence[int], parents: Sequence[int], best: Sequence[int]) -
         path.append(at)
 
 
-def rejection_sample(proposed: Tensor, p: Tensor, q: Tensor | None, lengths: Tensor, uniform: Tensor
-              ) -> tuple[Tensor, Tensor]:
+def rejection_sample(proposed: Tensor, p: Tensor, q: Tensor | None, lengths: Tensor, uniform: Tensor,
+                     draw: Draw = draw) -> tuple[Tensor, Tensor]:
     """Chains: accepted [rows] and the token [rows] that follows the accepted ones.
 
     Leviathan et al. 2023 (arXiv 2211.17192, algorithm 1) and Chen et al. 2023 (arXiv 2302.01318): accept x ~ q with
@@ -40,7 +42,7 @@ def rejection_sample(proposed: Tensor, p: Tensor, q: Tensor | None, lengths: Ten
 
     proposed: [rows, γ] long; row b's first lengths[b] count. p: [rows, γ + 1, vocabulary], the target's probabilities
     after each prefix. q: [rows, ≥ γ, vocabulary], the draft's, or None. uniform: [rows, γ + 1] fp64: one per proposal,
-    and in column lengths[b] the final draw.
+    and in column lengths[b] the final draw. draw: how (sampling.py; within a recorded function `invert`).
     """
     rows, gamma = proposed.shape
     p_token, q_token = _of_tokens(proposed, p, q)
@@ -49,11 +51,11 @@ def rejection_sample(proposed: Tensor, p: Tensor, q: Tensor | None, lengths: Ten
     kept = (uniform[:, :gamma] * q_token < p_token) & within
     accepted = kept.long().cumprod(1).sum(1)
     scale = torch.ones(rows, dtype=torch.float64, device=p.device)
-    return accepted, _after(proposed, p, q, lengths, accepted, scale, uniform)
+    return accepted, _after(proposed, p, q, lengths, accepted, scale, uniform, draw)
 
 
-def block_verification(proposed: Tensor, p: Tensor, q: Tensor | None, lengths: Tensor, uniform: Tensor
-                       ) -> tuple[Tensor, Tensor]:
+def block_verification(proposed: Tensor, p: Tensor, q: Tensor | None, lengths: Tensor, uniform: Tensor,
+                       draw: Draw = draw) -> tuple[Tensor, Tensor]:
     """Chains, judged as a whole: never accepts fewer tokens in expectation than `rejection_sample`.
 
     Sun et al. 2024 (arXiv 2403.10444, algorithm 2). With w_0 = 1 and w_i = min(1, w_{i-1} p(x_i) / q(x_i)), prefix i
@@ -75,7 +77,7 @@ def block_verification(proposed: Tensor, p: Tensor, q: Tensor | None, lengths: T
         chance = torch.where(lengths == i + 1, weight, chance)
         accepted = torch.where((uniform[:, i] < chance) & (i < lengths), i + 1, accepted)
     scale = torch.stack(weights, 1).gather(1, accepted[:, None]).squeeze(1)
-    return accepted, _after(proposed, p, q, lengths, accepted, scale, uniform)
+    return accepted, _after(proposed, p, q, lengths, accepted, scale, uniform, draw)
 
 
 def sample_tree(tokens: Sequence[int], parents: Sequence[int], p: Tensor, q: Tensor | None, uniform: Tensor
@@ -155,7 +157,7 @@ def _residual(p: Tensor, q: Tensor | None, token: Tensor, scale: Tensor) -> Tens
 
 
 def _after(proposed: Tensor, p: Tensor, q: Tensor | None, lengths: Tensor, accepted: Tensor, scale: Tensor,
-           uniform: Tensor) -> Tensor:
+           uniform: Tensor, draw: Draw) -> Tensor:
     """The token [rows] behind the accepted ones: from p if all were accepted, else from the residual."""
     everyone, gamma = torch.arange(len(p), device=p.device), proposed.shape[1]
     weights = p_next = p[everyone, accepted].double()

@@ -73,9 +73,20 @@ def draw(weights: Tensor, uniform: Tensor) -> Tensor:
     The smallest token whose cumulative weight exceeds `uniform` × total: one of weight 0 is never drawn.
     Raises InputError where no token has a weight (all are excluded by processors, or the logits are NaN).
     """
+    tokens = invert(weights, uniform)
+    refuse_nothing(bool((tokens < 0).any()))
+    return tokens
+
+
+def invert(weights: Tensor, uniform: Tensor) -> Tensor:
+    """The same without waiting for the device: -1 where there is nothing to draw."""
     cumulative = weights.double().cumsum(-1)
     total = cumulative[:, -1]
-    if not bool((total > 0).all()):
-        raise InputError("there is no token to draw: the options exclude all of them, or the model's logits are NaN.")
     below = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, below[:, None], right=True).squeeze(1)
+    tokens = torch.searchsorted(cumulative, below[:, None], right=True).squeeze(1)
+    return torch.where(total > 0, tokens, -1)
+
+
+def refuse_nothing(nothing: bool) -> None:
+    if nothing:
+        raise InputError("there is no token to draw: the options exclude all of them, or the model's logits are NaN.")

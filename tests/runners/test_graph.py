@@ -56,14 +56,17 @@ class Recorder:
 
     def __call__(self, function):
         with self.watch():
-            output = function()
+            outputs = function()
         self.recorded += 1
 
         def replay() -> None:
             self.replayed += 1
-            output.copy_(function())
+            for output, new in zip(outputs, function(), strict=True):
+                output.copy_(new)
 
-        return replay, output.fill_(-1)
+        for output in outputs:
+            output.fill_(-1)
+        return replay, outputs
 
 
 @pytest.fixture
@@ -134,7 +137,7 @@ def test_a_shape_is_recorded_once_and_the_next_batch_replays_it(on):
     recorded, replayed = record.recorded, record.replayed
     specbeam.greedy_generate(target, row, max_new_tokens=20, min_new_tokens=20)
     assert record.recorded == recorded
-    assert record.replayed == replayed + 19  # all but the prompt
+    assert record.replayed == replayed + 19  # all but the prompt: each is forward, choice and what comes next
 
 
 @pytest.mark.parametrize("on", ["cpu"], indirect=True)

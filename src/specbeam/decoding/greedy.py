@@ -7,7 +7,9 @@ Exact: the tokens of `transformers.generate(do_sample=False)`; in a batch, those
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +19,8 @@ from specbeam.decoding.request import Request, settle
 from specbeam.decoding.rows import Batch
 from specbeam.engine.support import adapt, check_lengths, evaluating
 from specbeam.engine.tree import chain, read_prompts
-from specbeam.sampling import process
+from specbeam.runners.chains import Chains, shape_of
+from specbeam.sampling import process, refuse_nothing, uniforms
 from specbeam.trace import GenerationOutput
 
 Choose = Callable[[Tensor, list[int]], Tensor]  # scores [live, vocabulary] and the live rows → tokens [live]
@@ -54,6 +57,7 @@ def decode_plainly(target: PreTrainedModel, request: Request, choose: Choose) ->
             batch.commit(row, [token], ["plain"])
         return tokens
 
+    shape = shape_of(adapter, [row.processors for row in request.rows], bool(request.config.do_sample))
     new, start = list(batch.live), None  # rows whose prompts are unread
     while True:
         if new:
@@ -73,6 +77,11 @@ def decode_plainly(target: PreTrainedModel, request: Request, choose: Choose) ->
             tips, last = tips.rows(kept), last[kept]
         if new:
             continue
+        if shape is not None:
+            _step_ahead(batch, Chains(tree, shape))
+            tips = tree.tips([len(batch.rows[row].sequence) - 1 for row in batch.live])
+            last = torch.tensor([batch.rows[row].tokens[-1] for row in batch.live], device=tree.device)
+            continue
         logits, tips = tree.extend(tips, chain(last[:, None], tree.device), last_only=True)
         verified = batch.clock.mark()
         batch.phases["verify"].append((start, verified))
@@ -80,3 +89,26 @@ def decode_plainly(target: PreTrainedModel, request: Request, choose: Choose) ->
         for row in batch.live:
             batch.round_done(row, start, [], 0, 1)
         batch.phases["accept"].append((verified, batch.clock.mark()))
+
+
+def _step_ahead(batch: Batch, chains: Chains) -> None:
+    """Steps until a row ends, each begun before the host has seen the token of the one before."""
+    live, begun, steps, ended = list(batch.live), deque[tuple[Any, Any, Callable[[], list[int]]]](), 0, False
+    texts = [batch.rows[row].sequence for row in live]
+    left = min(batch.rows[row].remaining for row in live)
+    while begun or not ended:
+        while not ended and len(begun) < 2 and steps < left:
+            start, steps, uniform = batch.clock.mark(), steps + 1, None
+            if chains.shape.samples:
+                generators = [batch.request.rows[row].generator for row in live]
+                uniform = uniforms(generators, [1] * len(live), torch.device("cpu"))[:, 0]
+            tokens = chains.step(max(map(len, texts)) - 1 + steps, texts, uniform)
+            begun.append((start, batch.clock.mark(), tokens))
+        start, end, tokens = begun.popleft()
+        batch.phases["verify"].append((start, end))
+        for row, token in zip(live, tokens(), strict=True):
+            if batch.rows[row].finish_reason is None:
+                refuse_nothing(token < 0)
+                batch.commit(row, [token], ["plain"])
+                batch.round_done(row, start, [], 0, 1, end=end)
+                ended |= batch.rows[row].finish_reason is not None

@@ -131,10 +131,10 @@ class Batch:
             self.rows[row].first_tokens = len(self.rows[row].tokens)
 
     def round_done(self, row: int, start: Any, proposed: Sequence[int], accepted: int, committed: int,
-                   parents: Sequence[int] = (), drafter: str = "plain", why: str = "") -> None:
+                   parents: Sequence[int] = (), drafter: str = "plain", why: str = "", end: Any = None) -> None:
         tokens = () if isinstance(proposed, range) else tuple(proposed)  # of beams: how many steps, no tokens
         done = Round(len(proposed), accepted, committed, 0.0, tokens, tuple(parents), drafter, why)
-        self.rows[row].rounds.append((start, self.clock.mark(), done))
+        self.rows[row].rounds.append((start, end or self.clock.mark(), done))
 
     def retire(self) -> list[int] | None:
         """Take ended rows out of `live`. The numbers, among the old live rows, of those that stay; None: all."""

@@ -26,7 +26,8 @@ from specbeam.drafting.length import Length
 from specbeam.engine.support import adapt, check_lengths, evaluating
 from specbeam.engine.tree import Block, branches, chain, read_prompts
 from specbeam.errors import InputError
-from specbeam.sampling import process, uniforms
+from specbeam.runners.chains import Chains, sent, shape_of
+from specbeam.sampling import process, refuse_nothing, uniforms
 from specbeam.trace import GenerationOutput
 
 
@@ -83,6 +84,9 @@ def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
         adapt(draft)  # a first probe is not part of anyone's prefill
     batch, capacity = Batch(request, target), max(lengths) + max(room) + settings.most_nodes
     length = Length(settings, target, draft, len(batch.live))
+    shape = None
+    if settings.recordable:
+        shape = shape_of(adapter, [row.processors for row in request.rows], bool(request.config.do_sample))
     new, start = list(batch.live), None  # rows whose prompts are unread
     while True:
         if new:
@@ -96,7 +100,11 @@ def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
             batch.prefill_done(new, start)
             if len(new) == len(batch.live):
                 tree, tips, drafter = fresh, its, theirs
+                chains = None if shape is None else Chains(tree, shape)
             else:
+                if chains is not None:
+                    tips = tree.tips([len(batch.rows[row].sequence) - 1 for row in batch.live[: -len(new)]])
+                    chains.forget()
                 tips = tree.join(tips, fresh, its)
                 drafter.join(theirs)
         start, stay = batch.clock.mark(), batch.retire()
@@ -104,7 +112,11 @@ def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
         if not batch.live:
             return batch.output(drafts=True)
         if stay:
-            tips = tips.rows(tree.keep_rows(stay))
+            kept = tree.keep_rows(stay)
+            if chains is None:
+                tips = tips.rows(kept)
+            else:
+                chains.forget()
             drafter.keep_rows(stay)
         if new:
             continue
@@ -112,20 +124,23 @@ def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
         states = [batch.rows[row] for row in batch.live]
         # The last token of an answer is never worth a proposal behind it.
         limits = length.limits([min(settings.depth, state.remaining - 1) for state in states])
-        proposal = None
-        if max(limits):
-            proposal = drafter.propose([state.sequence for state in states], limits, length)
-            proposal = length.trim(proposal)
-        drafted = batch.clock.mark()
-        last = [state.tokens[-1] for state in states]
-        block = _block(last, proposal, tree.device)
-        logits, nodes = tree.extend(tips, block)
+        if chains is None:
+            proposal = None
+            if max(limits):
+                proposal = drafter.propose([state.sequence for state in states], limits, length)
+                proposal = length.trim(proposal)
+            drafted = batch.clock.mark()
+            last = [state.tokens[-1] for state in states]
+            block = _block(last, proposal, tree.device)
+            logits, nodes = tree.extend(tips, block)
+            verified, width = batch.clock.mark(), block.tokens.shape[1]
+            paths, following = _choose(request, batch, batch.live, logits, proposal, settings.acceptance)
+            tips = nodes.pick(torch.tensor([[path[-1] + 1 if path else 0] for path in paths], device=tree.device))
+        else:
+            drafted, verified, width, proposal, paths, following = _recorded(
+                batch, chains, drafter, limits, length, settings.acceptance)
         batch.phases["draft"].append((start, drafted))
-        verified = batch.clock.mark()
         batch.phases["verify"].append((drafted, verified))
-
-        paths, following = _choose(request, batch, batch.live, logits, proposal, settings.acceptance)
-        tips = nodes.pick(torch.tensor([[path[-1] + 1 if path else 0] for path in paths], device=tree.device))
         became = []
         for i, (row, path) in enumerate(zip(batch.live, paths, strict=True)):
             ids: list[int] = [] if proposal is None else proposal.tokens[i]
@@ -142,12 +157,46 @@ def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
             end = batch.clock.mark()
             spans = [(start, drafted), (drafted, verified), (start, end)]
             length.round_done(proposal, paths, became, [batch.clock.seconds(*span) for span in spans],
-                              block.tokens.shape[1])
-        if proposal is None:
-            drafter.observe([[token] for token in last], logits)
-        else:
+                              width)
+        if proposal is not None:
             drafter.accept(paths)
-            drafter.observe([[token, *ids] for token, ids in zip(last, proposal.tokens, strict=True)], logits)
+        if chains is None:
+            tokens = [[] for _ in last] if proposal is None else proposal.tokens
+            drafter.observe([[token, *ids] for token, ids in zip(last, tokens, strict=True)], logits)
+
+
+def _recorded(batch: Batch, chains: Chains, drafter: Any, limits: list[int], length: Length, acceptance: str) -> tuple[
+        Any, Any, int, Proposal | None, list[list[int]], list[int]]:
+    """A round of recorded functions: the host waits once, for what was accepted. Returns the marks behind drafting and
+    verifying, the tokens of a row that the target read, the proposal, and what `_choose` gives."""
+    rows, device = [batch.request.rows[row] for row in batch.live], chains.tree.device
+    texts = [batch.rows[row].sequence for row in batch.live]
+    counts, q, begun, proposal = limits, None, None, None
+    if max(limits):
+        if length.fixed and hasattr(drafter, "begin"):
+            begun = drafter.begin(texts, limits)
+        if begun is None:
+            proposal = length.trim(drafter.propose(texts, limits, length))
+            counts, q = [len(ids) for ids in proposal.tokens], proposal.q
+    if begun is None:
+        given = [[]] * len(texts) if proposal is None else proposal.tokens
+        ids = sent(torch.tensor([[*row, *[0] * (max(counts) - len(row))] for row in given], dtype=torch.long), device)
+    else:
+        ids, q = begun[0].to(device), begun[1] if len(begun) > 1 else None
+    drafted, uniform, rule = batch.clock.mark(), None, None
+    if chains.shape.samples:
+        rule = rules.block_verification if acceptance == "block" else rules.rejection_sample
+        uniform = uniforms([row.generator for row in rows], [n + 1 for n in counts], torch.device("cpu"))
+        uniform = torch.nn.functional.pad(uniform, (0, ids.shape[1] + 1 - uniform.shape[1]))
+    read = chains.verify(ids, counts, texts, rule, uniform, None if q is None else q.to(device))
+    verified, answers = batch.clock.mark(), read()
+    refuse_nothing(any(token < 0 for row, n in zip(answers, counts, strict=True) for token in row[1 : 2 + n]))
+    if begun is not None:
+        proposal = Proposal([row[2 : 2 + n] for row, n in zip(answers, counts, strict=True)],
+                            [list(range(-1, n - 1)) for n in counts], None, [drafter.name] * len(texts),
+                            list(length.why), forwards=ids.shape[1])
+    return (drafted, verified, ids.shape[1] + 1, proposal, [list(range(row[0])) for row in answers],
+            [row[1] for row in answers])
 
 
 def _block(last: Sequence[int], proposal: Proposal | None, device: torch.device) -> Block:

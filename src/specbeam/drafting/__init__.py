@@ -128,6 +128,11 @@ class Settings:
         return bool(self.tree_nodes) or self.branches > 1 or self.drafter == "token_recycling" or any(
             n > 1 for n in self.branching)
 
+    @property
+    def recordable(self) -> bool:
+        """Whether proposals are chains, and nobody asks for the target's logits."""
+        return not self.trees and self.drafter != "combined" and self.acceptance != "typical"
+
     def check(self, draft: object) -> None:
         """Raises InputError for settings that make no sense, in one sentence."""
         if self.drafter not in DRAFTERS:

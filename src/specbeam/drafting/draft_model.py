@@ -23,7 +23,9 @@ from specbeam.drafting import Proposal, Settings
 from specbeam.drafting.length import Length
 from specbeam.engine.runner import embedding
 from specbeam.engine.support import adapt, check_lengths
-from specbeam.engine.tree import Block, TokenTree, chain, leaves
+from specbeam.engine.tree import Block, Tips, TokenTree, chain, leaves
+from specbeam.runners.chains import Chains, shape_of
+from specbeam.runners.graph import MOST_NEW
 from specbeam.sampling import Path, draw, process, uniforms
 
 
@@ -69,9 +71,14 @@ class DraftModel:
         self.tree = TokenTree(adapt(draft), len(lengths), max(lengths) + max(room) + 2 * shape.depth)
         self.known = embedding(draft).shape[0]
         self.read = [0] * len(lengths)  # committed tokens behind each tip
-        self.tips = self.tree.tips(self.read)
+        self.tips: Tips | None = None  # None: each at the end of a chain of so many
+        self.chains: Chains | None = None  # when the whole proposal is one recording
+        self.ahead: int | None = None  # how many tokens of the last proposal were read, when it was
         self._read(prompts)  # makes `nodes`: of the last proposal, the committed text, then the nodes that were read
         self.tips = self.nodes
+        if shape.branching == (1,) * shape.depth and not shape.nodes and type(self) is DraftModel:
+            recorded = shape_of(self.tree.adapter, [row.processors for row in self.rows], self.draws)
+            self.chains = None if recorded is None else Chains(self.tree, recorded, reads=True)
         self.numbers: list[list[int]] = []  # of each proposed token among `nodes`
 
     def propose(self, sequences: Sequence[list[int]], limits: Sequence[int], length: Length) -> Proposal:
@@ -163,7 +170,26 @@ class DraftModel:
         return Proposal(*proposed, None, [self.name] * rows,
                         ["node budget" if limit else "end of answer" for limit in limits], forwards=deepest)
 
+    def begin(self, sequences: Sequence[list[int]], limits: Sequence[int]) -> list[Tensor] | None:
+        """In place of `propose`, where the runner records it: chains of full length [rows, depth] on their way, and
+        what they were drawn from; None: not here."""
+        new = [text[n:] for text, n in zip(sequences, self.read, strict=True)]
+        if self.chains is None or max(map(len, new)) > MOST_NEW:
+            return None
+        uniform, depth = None, self.shape.depth
+        if self.draws:
+            counts = [min(limit, depth) for limit in limits]
+            uniform = uniforms([row.generator for row in self.rows], counts, torch.device("cpu"))
+            uniform = torch.nn.functional.pad(uniform, (0, depth - uniform.shape[1]))
+        found = self.chains.propose(new, self.read, sequences, depth, self.vocabulary, self.known, uniform)
+        self.read, self.ahead = [len(text) for text in sequences], depth - 1
+        return found
+
     def accept(self, paths: Sequence[Sequence[int]]) -> None:
+        if self.ahead is not None:
+            self.read = [n + min(len(path), self.ahead) for n, path in zip(self.read, paths, strict=True)]
+            self.tips, self.ahead = None, None
+            return
         read = self.nodes.depth.shape[1]
         tip = []
         for row, path in enumerate(paths):
@@ -177,12 +203,19 @@ class DraftModel:
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         kept = self.tree.keep_rows(rows)
-        self.tips = self.tips.rows(kept)
+        self.tips = self.tips and self.tips.rows(kept)
         self.rows, self.read = [self.rows[i] for i in rows], [self.read[i] for i in rows]
+        self._forget()
 
     def join(self, more: DraftModel) -> None:
-        self.tips = self.tree.join(self.tips, more.tree, more.tips)
+        self.tips = self.tree.join(self.tips or self.tree.tips(self.read), more.tree,
+                                   more.tips or more.tree.tips(more.read))
         self.rows, self.read = self.rows + more.rows, self.read + more.read
+        self._forget()
+
+    def _forget(self) -> None:
+        if self.chains is not None:
+            self.chains.forget()
 
     def _texts(self, sequences: Sequence[list[int]]) -> Sequence[list[int]]:
         """Committed texts in the draft's tokens."""
@@ -195,7 +228,8 @@ class DraftModel:
         costs acceptance there and nothing else."""
         new = [[min(token, self.known - 1) for token in text[n:]] for text, n in zip(texts, self.read, strict=True)]
         unread = chain(new, self.tree.device)
-        logits, nodes = self.tree.extend(self.tips, unread, last_only=True)
+        logits, nodes = self.tree.extend(self.tips or self.tree.tips(self.read), unread, last_only=True)
+        self._forget()
         self.nodes = nodes.pick(unread.lengths[:, None] - 1)
         self.read = [len(text) for text in texts]
         return logits

@@ -27,6 +27,7 @@ class Runner:
     forward: Callable[..., Tensor]
     width: Callable[[int], int] = lambda slots: slots  # how many slots a forward looks at when it needs so many
     own_threads: bool = False  # beside torch's
+    fuse: Callable[..., list[Tensor]] | None = None  # of one that records whole functions (runners/chains.py)
 
 
 @dataclass(frozen=True)

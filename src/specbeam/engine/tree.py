@@ -117,7 +117,8 @@ class TokenTree:
         """`capacity` slots per row to begin with (at most _MOST of them); more are made when they are needed."""
         self.adapter, self.device = adapter, adapter.device
         self.cache = adapter.runner.open(adapter, rows, min(max(capacity, 1), _MOST))
-        self.position_of = torch.zeros(rows, self.cache.capacity, dtype=torch.long, device=self.device)
+        # A chain's slot i holds position i, whoever wrote it.
+        self.position_of = torch.arange(self.cache.capacity, device=self.device).repeat(rows, 1)
         self.high = 0  # no slot at or above it was ever written
 
     def tips(self, lengths: Sequence[int]) -> Tips:
@@ -180,19 +181,25 @@ class TokenTree:
             order = torch.arange(free.shape[1], 0, -1, device=self.device)
             slots = (free * order).topk(new, dim=1).indices
         written = slots.tolist()
-        self.high = max(self.high, 1 + max(max(row) for row in written))
-        if self.high > self.cache.capacity:
-            self._resize(max(self.high, self.cache.capacity * 3 // 2))
+        self.cache.view = self.reach(1 + max(max(row) for row in written))
         first = written[0]
         runs = first == list(range(first[0], first[0] + new)) and all(row == first for row in written)
         self.cache.span = slice(first[0], first[0] + new) if runs else None
-        self.cache.slots, self.cache.view = slots, self.adapter.runner.width(self.high)
+        self.cache.slots = slots
         return slots
+
+    def reach(self, high: int) -> int:
+        """Make room for slots below `high`; how many a forward over all that were ever written looks at."""
+        self.high = max(self.high, high)
+        if self.high > self.cache.capacity:
+            self._resize(max(self.high, self.cache.capacity * 3 // 2))
+        return self.adapter.runner.width(self.high)
 
     def _resize(self, capacity: int) -> None:
         self.cache.resize(capacity)  # to at least so much
-        more = self.cache.capacity - self.position_of.shape[1]
-        self.position_of = torch.nn.functional.pad(self.position_of, (0, more))
+        rows, known = self.position_of.shape
+        more = torch.arange(known, self.cache.capacity, device=self.device).expand(rows, -1)
+        self.position_of = torch.cat([self.position_of, more], 1)
 
 
 def read_prompts(adapter: Adapter, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[TokenTree, Tips, Tensor]:

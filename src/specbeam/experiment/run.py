@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -248,21 +248,35 @@ def run_cells(
 
 
 def warm_up(plan: Plan, cells: list[Cell], models: Models, config: dict[str, Any]) -> None:
-    """Each method once, a few tokens, on the first batch: allocations, probes and compilation are in no row."""
+    """Each method once, a few tokens, on the first batch: allocations, probes and compilation are in no row. Where a
+    runner records shapes (on a GPU), whole answers, once for each number of rows and class of lengths."""
+    from specbeam.runners.graph import RECORD, warming, width
+
+    recorded = set(models.runners().values()) & set(RECORD)
     first = next(plan.cells()).prompts
-    seen = set()
+    found: dict[tuple, tuple[int, PlannedMethod, Any, dict[str, Any]]] = {}  # length, and what to run
     for cell in cells:
-        if cell.method.label in seen:
+        method = cell.method
+        whole = bool(recorded) and not method.kind.startswith(("transformers_", "openai_"))
+        prompts, most = cell.prompts if whole else first, method.options["max_new_tokens"]
+        if not whole and (method.label,) in found:
             continue
-        seen.add(cell.method.label)
-        batch = first[: at_once(cell.method.method, len(first), plan.batch_size)]
-        tokens = min(WARM_UP_TOKENS, cell.method.options["max_new_tokens"])
-        try:
-            rendered = models.render([prompt.conversation(0) for prompt in batch], config["system_prompt"])
-            models.generate(cell.method, rendered, [0] * len(batch), max_new_tokens=tokens,
-                            **refilled(cell.method, len(batch), plan))
-        except Exception:  # the cell itself will fail the same way, and be recorded
-            continue
+        size = at_once(method.method, len(prompts), plan.batch_size)
+        for group in [prompts[start : start + size] for start in range(0, len(prompts) if whole else 1, size)]:
+            try:
+                rendered = models.render([prompt.conversation(0) for prompt in group], config["system_prompt"])
+            except Exception:  # the cell itself will fail the same way, and be recorded
+                continue
+            long = rendered.input_ids.shape[1]
+            key = (method.label, len(group), width(long + most)) if whole else (method.label,)
+            # The shortest: its answer grows through every width that the others of its class may have.
+            if key not in found or long < found[key][0]:
+                options = {"max_new_tokens": most if whole else min(WARM_UP_TOKENS, most),
+                           **refilled(method, len(group), plan)}
+                found[key] = long, method, rendered, options
+    for _, method, rendered, options in sorted(found.values(), key=lambda one: -one[0]):  # long slots serve short rows
+        with suppress(Exception), warming():
+            models.generate(method, rendered, [0] * len(rendered.input_ids), **options)
 
 
 def run_cell(

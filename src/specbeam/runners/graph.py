@@ -5,14 +5,14 @@ target does. Nothing is traced, so that any model runs whose forward does not wa
 Idea: slots, inputs and outputs stay at one address; a forward runs as it is the first time its shape is seen, once more
 on the recording's stream, is recorded the third time, and replayed from then on. Slots are looked at in a few widths
 only, and go back to a pool when a batch ends, so that the next batch finds the graphs of the last one. Rows that end
-stay as rows whose result nobody reads. Prompts run eagerly.
+stay as rows whose result nobody reads. Prompts run eagerly. What is recorded is a forward, or more (chains.py).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Protocol
@@ -24,12 +24,15 @@ from torch import Tensor
 from specbeam.engine.cache import SlotCache, SlotLayer
 from specbeam.engine.runner import EAGER, Adapter, Runner
 
+RECORD = ("graph", "compile")  # runners that do
 MOST_NEW = 64  # tokens a row of a function that is recorded; more are a prompt
 _NARROWEST = 256
 _MOST_GRAPHS = 128  # of one set of slots
-_IDLE = 4  # sets of slots that a runner keeps for the next batch
+_IDLE, _IDLE_BYTES = 8, 2**33  # sets of slots that a runner keeps for the next batch, and what they may hold
+_warming = False
 
 Replay = Callable[[], None]
+Outputs = tuple[Tensor, ...]
 Around = Callable[[Adapter, "Slots"], AbstractContextManager]
 
 
@@ -50,9 +53,24 @@ def check_device(adapter: Adapter) -> None:
 class Record(Protocol):
     """How a function is recorded: `warm` runs it as it is, a call records it and gives what replays it."""
 
-    def warm(self, function: Callable[[], Tensor]) -> Tensor: ...
+    def warm(self, function: Callable[[], Outputs]) -> Outputs: ...
 
-    def __call__(self, function: Callable[[], Tensor]) -> tuple[Replay, Tensor]: ...
+    def __call__(self, function: Callable[[], Outputs]) -> tuple[Replay, Outputs]: ...
+
+
+@contextmanager
+def warming() -> Iterator[None]:
+    """Within it, a shape is recorded the first time it is seen: what follows finds all that came up here."""
+    global _warming
+    before, _warming = _warming, True
+    try:
+        yield
+    finally:
+        _warming = before
+
+
+def is_warming() -> bool:
+    return _warming
 
 
 def nothing_around(adapter: Adapter, slots: Slots) -> AbstractContextManager:
@@ -63,7 +81,7 @@ def runner(name: str, record: Record | None, *ways: Around) -> Runner:
     """record: how a function is recorded (None: it is not, and runs from its static inputs each time). ways: what the
     forward runs within; when one fails, the next is taken, and at last the forward as it is."""
     graphs = Graphs(record, *ways)
-    return Runner(name, graphs.open, graphs.forward, width)
+    return Runner(name, graphs.open, graphs.forward, width, fuse=graphs.fuse)
 
 
 def own_attention(adapter: Adapter, slots: Slots) -> AbstractContextManager:
@@ -89,15 +107,15 @@ class OnCuda:
     def __init__(self) -> None:
         self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
 
-    def warm(self, function: Callable[[], Tensor]) -> Tensor:
+    def warm(self, function: Callable[[], Outputs]) -> Outputs:
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             output = function()
         torch.cuda.current_stream().wait_stream(self.stream)
         return output
 
-    def __call__(self, function: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
-        """The function's kernels as a graph, and the tensor that each replay fills."""
+    def __call__(self, function: Callable[[], Outputs]) -> tuple[Replay, Outputs]:
+        """The function's kernels as a graph, and the tensors that each replay fills."""
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
@@ -118,7 +136,7 @@ class Kept:
     inputs: list[Tensor]
     runs: int = 0
     replay: Replay | None = None
-    output: Tensor | None = None
+    outputs: Outputs = ()
 
 
 class Slots(SlotCache):
@@ -126,8 +144,12 @@ class Slots(SlotCache):
 
     def __init__(self, rows: int, capacity: int, device: torch.device, strict: bool):
         super().__init__(rows, capacity, device, strict)
-        self.count = rows
+        self.count, self.number = rows, 0  # the eldest are taken first: batches alike then find the same ones
         self.graphs: dict[tuple, Kept] = {}
+
+    def size(self) -> int:
+        """Bytes of keys and values."""
+        return sum(kept.nbytes for layer in self.layers for kept in (layer.keys, layer.values) if kept is not None)
 
     def resize(self, capacity: int) -> None:
         super().resize(capacity)
@@ -169,7 +191,7 @@ class Lease:
     def join(self, more: Lease) -> None:
         """Go on with another batch's rows too, behind these; both have the same capacity."""
         mine, its = self.of, more.of
-        both = self.graphs.take(self.count + more.count, mine.capacity, mine)
+        both = self.graphs.take(self.count + more.count, mine.capacity, mine, most=mine.capacity)
         for number, layer in enumerate(mine.layers):
             if number == len(both.layers):
                 both.layers.append(SlotLayer(both))
@@ -191,56 +213,80 @@ class Graphs:
     def __init__(self, record: Record | None, *ways: Around):
         self.record, self.ways = record, [*ways, nothing_around]
         self.idle: list[Slots] = []
+        self.made = 0
 
     def open(self, adapter: Adapter, rows: int, capacity: int) -> Lease:
         lease = Lease(self, self.take(rows, width(capacity), SlotCache(0, 0, adapter.device, adapter.strict)))
         finalize(lease, self.give_back, lease.held)
         return lease
 
-    def take(self, rows: int, capacity: int, like: SlotCache) -> Slots:
-        """Idle slots of this size, or new ones."""
-        slots = next((one for one in self.idle if (one.count, one.capacity) == (rows, capacity)), None)
+    def take(self, rows: int, capacity: int, like: SlotCache, most: float = float("inf")) -> Slots:
+        """The smallest idle slots that hold so much (and no more than `most`), or new ones."""
+        slots = min((one for one in self.idle if one.count == rows and capacity <= one.capacity <= most),
+                    key=lambda one: (one.capacity, one.number), default=None)
         self.idle = [one for one in self.idle if one is not slots]
-        return Slots(rows, capacity, like.rows.device, like.strict) if slots is None else slots
+        if slots is None:
+            slots, self.made = Slots(rows, capacity, like.rows.device, like.strict), self.made + 1
+            slots.number = self.made
+        return slots
 
     def give_back(self, held: list[Slots]) -> None:
         self.idle = [*self.idle, held[0]][-_IDLE:]
+        while len(self.idle) > 1 and sum(slots.size() for slots in self.idle) > _IDLE_BYTES:
+            self.idle.pop(0)
 
     def forward(self, adapter: Adapter, lease: Lease, tokens: Tensor, positions: Tensor, visible: Tensor,
                 near: Tensor | None, keep: Tensor | None) -> Tensor:
         given = [tokens, positions, visible, lease.slots, *(one for one in (near, keep) if one is not None)]
-        return self.fuse(adapter, lease, _forward, (lease.view, near is not None, keep is not None), *given)
+        prompt, lease.empty = lease.empty or tokens.shape[1] > MOST_NEW, False
+        return self.fuse(adapter, lease, _forward, (lease.view, near is not None, keep is not None), 0, *given,
+                         prompt=prompt)[0]
 
     @torch.inference_mode()
-    def fuse(self, adapter: Adapter, lease: Lease, function: Callable[..., Tensor], static: tuple, *given: Tensor
-             ) -> Tensor:
-        """What `function` gives for the rows in `given`, in a tensor of its own."""
-        slots, rows, prompt = lease.of, len(given[0]), lease.empty or given[0].shape[1] > MOST_NEW
-        key = (function, static, *(tuple(one.shape[1:]) for one in given))
+    def fuse(self, adapter: Adapter, lease: Lease, function: Callable[..., Outputs], static: tuple, carried: int,
+             *given: Tensor, prompt: bool = False) -> list[Tensor]:
+        """function(adapter, slots, *static, *given), recorded. given: [rows, …] each.
+
+        The first `carried` outputs become the first inputs of the next time: they come back as they lie there, and
+        given again they need no copy. The others are copies of one's own."""
+        slots, rows = lease.of, len(given[0])
+        key = (function, static, carried, *(tuple(one.shape[1:]) for one in given))
         # Ones: a row that is never filled then attends to something, and what it writes is finite.
         kept = slots.graphs.pop(key, None) or Kept([one.new_ones(slots.count, *one.shape[1:]) for one in given])
-        for mine, one in zip(kept.inputs, given, strict=True):
-            mine[:rows] = one
+        if kept.replay is None:  # a compiler or a recording may run what it is given
+            given = tuple(one.clone() for one in given)
 
-        def run() -> Tensor:
+        def fill() -> None:
+            for mine, one in zip(kept.inputs, given, strict=True):
+                if mine.data_ptr() != one.data_ptr():
+                    mine[:rows] = one
+
+        def run() -> Outputs:
             # "position": which ones they are only the host can say.
             mine = replace(adapter, keeps="") if adapter.keeps == "position" and not prompt else adapter
-            return function(mine, slots, *static, *kept.inputs)
+            outputs = function(mine, slots, *static, *kept.inputs)
+            for old, new in zip(kept.inputs, outputs[:carried], strict=False):
+                old.copy_(new)
+            return outputs[carried:]
 
+        found: Outputs = ()
         if prompt:
-            lease.empty = False
-            return run()[:rows]
+            fill()
+            return [one[:rows] for one in run()]
         slots.graphs[key] = kept
         if len(slots.graphs) > _MOST_GRAPHS:  # the one that was not used for longest
             slots.graphs.pop(next(iter(slots.graphs)))
-        if kept.replay is None:
-            found = self._advance(adapter, slots, kept, run)
-        if kept.replay is not None and kept.output is not None:
+        for _ in range(3 if _warming else 1):
+            if kept.replay is None:
+                fill()
+                found = self._advance(adapter, slots, kept, run)
+        if kept.replay is not None:
+            fill()
             kept.replay()
-            found = kept.output
-        return found[:rows].clone()
+            found = kept.outputs
+        return [*(one[:rows] for one in kept.inputs[:carried]), *(one[:rows].clone() for one in found)]
 
-    def _advance(self, adapter: Adapter, slots: Slots, kept: Kept, run: Callable[[], Tensor]) -> Tensor:
+    def _advance(self, adapter: Adapter, slots: Slots, kept: Kept, run: Callable[[], Outputs]) -> Outputs:
         """As it is, then within what is around it (which may compile), then recorded: a rare shape costs nothing."""
         kept.runs += 1
         if kept.runs == 1:
@@ -251,8 +297,8 @@ class Graphs:
                     return run()
                 if kept.runs == 2:
                     return self.record.warm(run)
-                kept.replay, kept.output = self.record(run)
-                return kept.output
+                kept.replay, kept.outputs = self.record(run)
+                return kept.outputs
         except Exception as failure:  # whatever a compiler or a driver says of a model it does not know
             self._give_up(adapter, failure)
             kept.runs = 1
@@ -272,7 +318,7 @@ class Graphs:
 
 
 def _forward(adapter: Adapter, slots: Slots, view: int, slides: bool, last_only: bool, tokens: Tensor,
-             positions: Tensor, visible: Tensor, places: Tensor, *more: Tensor) -> Tensor:
+             positions: Tensor, visible: Tensor, places: Tensor, *more: Tensor) -> Outputs:
     slots.slots, slots.span, slots.view = places, None, view
     near, keep = more[0] if slides else None, more[-1] if last_only else None
-    return EAGER.forward(adapter, slots, tokens, positions, visible, near, keep)
+    return (EAGER.forward(adapter, slots, tokens, positions, visible, near, keep),)

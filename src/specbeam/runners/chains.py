@@ -1,0 +1,240 @@
+"""Chains as recorded functions: the host gives them what the last call left behind, and is told once a round.
+
+With a runner that records (graph.py) one recording is: a plain step with its choice of the next token; a draft's whole
+proposal; a verification with the acceptance of what was proposed. Tokens, depths and, for a repetition penalty, the
+texts stay on the device from call to call.
+In a chain slot i holds position i: a row's length alone says which slots it sees, where it writes and at which
+positions, so that no mask is made outside. A proposal always has its full length, whatever a row may still use of it,
+so that the end of an answer is no new shape.
+Only processors that look at the scores, and the repetition penalty, can be recorded; others leave their method in its
+ordinary loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import FloatTensor, LongTensor, Tensor
+from torch.nn.functional import pad
+from transformers import LogitsProcessorList
+from transformers.generation import logits_process as hf
+
+from specbeam.engine.runner import EAGER, Adapter
+from specbeam.engine.tree import TokenTree
+from specbeam.runners.graph import is_warming
+from specbeam.sampling import invert
+
+_OF_SCORES = (hf.TemperatureLogitsWarper, hf.TopKLogitsWarper, hf.TopPLogitsWarper, hf.MinPLogitsWarper,
+              hf.InfNanRemoveLogitsProcessor, hf.LogitNormalization)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How scores become a token: what a recording depends on beside the sizes of its tensors."""
+
+    key: tuple  # the processors' types and values
+    samples: bool
+    history: bool  # a processor asks which tokens are in the text
+    processors: LogitsProcessorList = field(compare=False)
+
+    @classmethod
+    def of(cls, processors: Sequence[LogitsProcessorList], samples: bool) -> Shape | None:
+        """None: these cannot be recorded, or differ from row to row."""
+        keys = {tuple((type(one), *sorted((name, str(value)) for name, value in vars(one).items())) for one in row)
+                for row in processors}
+        history = False
+        for one in processors[0]:
+            if type(one) is hf.RepetitionPenaltyLogitsProcessor and getattr(one, "prompt_ignore_length", None) is None:
+                history = True
+            elif type(one) not in _OF_SCORES:
+                return None
+        return cls(keys.pop(), samples, history, processors[0]) if len(keys) == 1 else None
+
+    def scores(self, logits: Tensor, texts: Tensor | None, positions: Tensor) -> Tensor:
+        """[rows, new, vocabulary] fp32. texts: [rows, view], by position; a node's text ends at its own."""
+        scores = logits.float()
+        if not self.processors:
+            return scores
+        ids = positions.new_empty(positions.numel(), 0)
+        if texts is not None:  # that a token is there twice changes nothing
+            within = torch.arange(texts.shape[1], device=texts.device) <= positions[..., None]
+            ids = torch.where(within, texts[:, None], texts[:, None, :1]).flatten(0, 1)
+        flat = self.processors(cast(LongTensor, ids), cast(FloatTensor, scores.flatten(0, 1)))
+        return flat.view(scores.shape)
+
+
+def shape_of(adapter: Adapter, processors: Sequence[LogitsProcessorList], samples: bool) -> Shape | None:
+    """None: this model, or what shapes its scores, is not for recorded functions."""
+    # Rotary scaling that looks at the longest row must not see tokens that nobody will use.
+    if adapter.runner.fuse is None or adapter.rope_limit is not None:
+        return None
+    return Shape.of(processors, samples)
+
+
+class Chains:
+    """The rows of one tree, each a chain, and what recorded functions carry from call to call."""
+
+    def __init__(self, tree: TokenTree, shape: Shape, reads: bool = False):
+        """reads: the functions are told each time what is new in the texts (a draft's); else they know the last token
+        and the depth."""
+        self.tree, self.shape, self.reads = tree, shape, reads
+        self.state: list[Tensor] | None = None  # None: made anew from the texts
+
+    def forget(self) -> None:
+        """Rows left or joined, or something else read into the tree."""
+        self.state = None
+
+    def run(self, function: Callable[..., tuple], static: tuple, texts: Sequence[list[int]], high: int,
+            *given: Tensor | None) -> list[Tensor]:
+        """What the function gives beyond what it carries. texts: the committed ones (looked at after `forget`); high:
+        slots that are needed."""
+        tree, view = self.tree, self.tree.reach(high)
+        if self.state is None:
+            self.state = [] if self.reads else [
+                sent(torch.tensor([text[-1:] for text in texts]), tree.device),
+                sent(torch.tensor([len(text) - 1 for text in texts]), tree.device)]
+            if self.shape.history:
+                self.state.append(sent(torch.tensor([[*text, *[0] * (view - len(text))] for text in texts]),
+                                       tree.device))
+        if self.shape.history and self.state[-1].shape[1] < view:
+            self.state[-1] = pad(self.state[-1], (0, view - self.state[-1].shape[1]))
+        assert tree.adapter.runner.fuse is not None
+        carried = len(self.state)
+        out = tree.adapter.runner.fuse(tree.adapter, tree.cache, function, (view, self.shape, *static), carried,
+                                       *self.state, *(one for one in given if one is not None))
+        self.state = out[:carried]
+        return out[carried:]
+
+    def step(self, high: int, texts: Sequence[list[int]], uniform: Tensor | None) -> Callable[[], list[int]]:
+        """Begin a plain step; what it gives waits for its tokens. uniform: [rows] fp64, when it draws."""
+        self.run(_step, (), texts, high, None if uniform is None else sent(uniform, self.tree.device))
+        assert self.state is not None
+        read = seen(self.state[0])
+        return lambda: [token for [token] in read()]
+
+    def propose(self, new: Sequence[Sequence[int]], read: Sequence[int], texts: Sequence[list[int]], count: int,
+                vocabulary: int, known: int, uniform: Tensor | None) -> list[Tensor]:
+        """`count` tokens [rows, count] below each text, of which `read` tokens were read and `new` were not, and, when
+        it draws, what they were drawn from [rows, count, vocabulary]."""
+        wide = max(map(len, new))
+        wide = max(wide, 2) if len(new) > 1 else wide
+        uniform = None if uniform is None else sent(uniform, self.tree.device)
+
+        def ask(wide: int) -> list[Tensor]:
+            unread = torch.tensor([[*ids, *[0] * (wide - len(ids)), len(ids), before]
+                                   for ids, before in zip(new, read, strict=True)])
+            return self.run(_propose, (count, vocabulary, known), texts, max(read) + wide + count,
+                            sent(unread, self.tree.device), uniform)
+
+        if is_warming() and wide == 1:  # as after a proposal that was accepted whole
+            ask(2)
+        return ask(wide)
+
+    def verify(self, proposed: Tensor, lengths: Sequence[int], texts: Sequence[list[int]], rule: Callable | None,
+               uniform: Tensor | None, q: Tensor | None) -> Callable[[], list[list[int]]]:
+        """Begin to check proposals [rows, count], of which lengths[b] are meant; what it gives waits for, per row: how
+        many are accepted, the token that follows them, and the proposed ones. rule: of acceptance.py, when sampling;
+        uniform: [rows, count + 1], q: [rows, ≥ count, vocabulary], as it wants them."""
+        device, count = self.tree.device, proposed.shape[1]
+        q = q[:, :count] if q is not None and count else None
+        [answer] = self.run(_verify, (rule,), texts, max(map(len, texts)) + count, proposed,
+                            sent(torch.tensor(lengths), device),
+                            None if uniform is None else sent(uniform, device), q)
+        return seen(answer)
+
+
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """On the device, without waiting for it."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
+def seen(values: Tensor) -> Callable[[], list[Any]]:
+    """Begin to copy to the host; what it gives waits for that, and for nothing that is begun later."""
+    copied = values.to("cpu", non_blocking=True, copy=True)
+    if not values.is_cuda:
+        return copied.tolist
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(values.device))
+
+    def read() -> list[Any]:
+        event.synchronize()
+        return copied.tolist()
+
+    return read
+
+
+def _read(adapter: Adapter, slots: Any, view: int, tokens: Tensor, depth: Tensor, lengths: Tensor | None = None
+          ) -> tuple[Tensor, Tensor]:
+    """Logits of tokens [rows, new] behind `depth` [rows] others, and their positions; with `lengths`, of each row's
+    last token only."""
+    positions = depth[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+    positions = positions.clamp(max=view - 1)  # of rows that idle along and count on
+    places = torch.arange(view, device=tokens.device)
+    visible = places <= positions[..., None]
+    near = None if adapter.window is None else visible & (places > positions[..., None] - adapter.window)
+    slots.slots, slots.span, slots.view = positions, None, view
+    legal = positions
+    if adapter.absolute and adapter.context is not None:  # behind the end of an answer
+        legal = positions.clamp(max=adapter.context - 1)
+    keep = None if lengths is None else lengths - 1
+    logits = EAGER.forward(adapter, slots, tokens.clamp(min=0), legal, visible, near, keep)
+    if keep is not None:
+        positions = positions.gather(1, keep[:, None])
+    return logits, positions
+
+
+def _step(adapter: Adapter, slots: Any, view: int, shape: Shape, last: Tensor, depth: Tensor, *more: Tensor
+          ) -> tuple[Tensor, ...]:
+    logits, positions = _read(adapter, slots, view, last, depth)
+    texts = [one.scatter(1, positions, last) for one in more[: shape.history]]
+    scores = shape.scores(logits, texts[0] if texts else None, positions)[:, 0]
+    token = invert(scores.softmax(-1), more[-1]) if shape.samples else scores.argmax(-1)
+    return token[:, None], depth + 1, *texts
+
+
+def _propose(adapter: Adapter, slots: Any, view: int, shape: Shape, count: int, vocabulary: int, known: int,
+             *given: Tensor) -> tuple[Tensor, ...]:
+    """given: texts (of a history), what is unread [rows, new + 2]: tokens, how many, how many were read before."""
+    texts, (unread, *uniform) = [*given[: shape.history]], given[shape.history :]
+    tokens, lengths, depth = unread[:, :-2], unread[:, -2], unread[:, -1]
+    ids: list[Tensor] = []
+    q: list[Tensor] = []
+    for place in range(count):
+        last = lengths if not place else None
+        logits, positions = _read(adapter, slots, view, tokens.clamp(max=known - 1), depth, last)
+        order = depth[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+        texts = [one.scatter(1, order, tokens) for one in texts]
+        missing = vocabulary - logits.shape[-1]
+        logits = pad(logits, (0, missing), value=-torch.inf) if missing > 0 else logits[..., :vocabulary]
+        scores = shape.scores(logits, texts[0] if texts else None, positions)[:, 0]
+        if shape.samples:
+            q.append(scores.softmax(-1))
+            ids.append(invert(q[-1], uniform[0][:, place]))
+        else:
+            ids.append(scores.argmax(-1))
+        tokens, depth = ids[-1][:, None], depth + (lengths if not place else 1)
+    return *texts, torch.stack(ids, 1), *([torch.stack(q, 1)] if q else [])
+
+
+def _verify(adapter: Adapter, slots: Any, view: int, shape: Shape, rule: Any, last: Tensor, depth: Tensor,
+            *more: Tensor) -> tuple[Tensor, ...]:
+    """more: texts (of a history), proposed [rows, count], lengths [rows], and uniform numbers and q (of a rule)."""
+    proposed, lengths, *drawn = more[shape.history :]
+    tokens, count = torch.cat([last, proposed], 1), proposed.shape[1]
+    lengths = lengths.clamp(max=count)  # of rows that idle along
+    logits, positions = _read(adapter, slots, view, tokens, depth)
+    texts = [one.scatter(1, positions, tokens) for one in more[: shape.history]]
+    scores = shape.scores(logits, texts[0] if texts else None, positions)
+    if shape.samples:
+        uniform, q = drawn[0], drawn[1] if len(drawn) > 1 else None
+        accepted, following = rule(proposed.clamp(min=0), scores.softmax(-1), q, lengths, uniform, invert)
+    else:
+        best = scores.argmax(-1)
+        within = torch.arange(count, device=tokens.device) < lengths[:, None]
+        accepted = ((best[:, :count] == proposed) & within).long().cumprod(1).sum(1)
+        following = best.gather(1, accepted[:, None])[:, 0]
+    answer = torch.cat([accepted[:, None], following[:, None], proposed], 1)
+    return following[:, None], depth + 1 + accepted, *texts, answer
