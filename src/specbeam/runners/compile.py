@@ -25,6 +25,7 @@ from specbeam.runners import graph
 from specbeam.runners.graph import Slots
 
 # One row's product is a sum over rows of weights: with this, inductor writes it as such, and tunes how.
+# Tuning takes most of the time of compiling (20 s a shape and more): it is for plain steps alone.
 _CUDA: dict[str, Any] = {"coordinate_descent_tuning": True}
 _CPU: dict[str, Any] = {"freezing": True}
 
@@ -40,15 +41,17 @@ def make(adapter: Adapter, precision: str | None = None) -> Runner:
 def by_layer(adapter: Adapter, backend: str, options: dict[str, Any] | None, record: graph.Record | None) -> Runner:
     """The runner that compiles one decoder layer for all."""
     _layers(adapter.model)
-    compiled = torch.compile(_run, fullgraph=True, dynamic=False, backend=backend, options=options)
-    return graph.runner("compile", record, Layers(compiled), *([graph.own_attention] if record else []))
+    compiled = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
+    ways = Layers(compiled(_run, options=options), compiled(_run_more))
+    return graph.runner("compile", record, ways, *([graph.own_attention] if record else []))
 
 
 class Layers:
     """Within it, every decoder layer of the model is the compiled one."""
 
-    def __init__(self, compiled: Callable[..., Any]):
-        self.compiled = compiled
+    def __init__(self, one: Callable[..., Any], more: Callable[..., Any]):
+        """Compiled: for one token of one row, and for more."""
+        self.one, self.more = one, more
 
     @contextmanager
     def __call__(self, adapter: Adapter, slots: Slots) -> Iterator[None]:
@@ -81,12 +84,17 @@ class Layers:
                     part.forward = forward
 
     def _other(self, part: nn.Module, *args: Any, **options: Any) -> Any:
-        return self.compiled(part, list(args), options)
+        return self._compiled(args, options)(part, list(args), options)
 
     def _layer(self, layer: nn.Module, slots: Slots, place: Any, *args: Any, **options: Any) -> Any:
         mine = Place(place.keys, place.values, slots.rows, slots.slots, slots.view)
-        return self.compiled(layer, [mine if one is slots else one for one in args],
+        return self._compiled(args, options)(layer, [mine if one is slots else one for one in args],
                              {name: mine if one is slots else one for name, one in options.items()})
+
+
+    def _compiled(self, args: Any, options: dict[str, Any]) -> Callable[..., Any]:
+        hidden = next((one for one in (*args, *options.values()) if isinstance(one, Tensor)), None)
+        return self.one if hidden is not None and hidden.numel() == hidden.shape[-1] else self.more
 
 
 class Product(nn.Linear):
@@ -115,6 +123,10 @@ class Place:
 
 def _run(part: nn.Module, args: list[Any], options: dict[str, Any]) -> Any:
     return type(part).forward(part, *args, **options)
+
+
+def _run_more(part: nn.Module, args: list[Any], options: dict[str, Any]) -> Any:
+    return type(part).forward(part, *args, **options)  # its own code: what dynamo keeps of the other is not looked at
 
 
 class Whole:
