@@ -17,6 +17,7 @@ from __future__ import annotations
 import gc
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from statistics import fmean, median
 from types import SimpleNamespace
@@ -221,6 +222,7 @@ def measure_costs(target: PreTrainedModel, draft: PreTrainedModel | None, answer
     from specbeam.decoding.greedy import greedy_generate
     from specbeam.decoding.sample import sample_generate
     from specbeam.decoding.speculative import speculative_generate
+    from specbeam.runners.graph import warming
 
     counts = sorted({1, rows, *([(rows + 1) // 2] if rows > 3 else [])})
     by_length = sorted(answers, key=lambda answer: -len(answer.tokens))
@@ -236,10 +238,11 @@ def measure_costs(target: PreTrainedModel, draft: PreTrainedModel | None, answer
                 texts = [torch.tensor([*one.prompt, *one.tokens[: len(one.tokens) // 4]], device=target.device)
                          for one in chosen]
                 gc.collect()
-                if length:
-                    out = speculative_generate(target, draft, texts, draft_length=length, **speculation, **options)
-                else:
-                    out = (sample_generate if temperature else greedy_generate)(target, texts, **options)
+                with nullcontext() if repeat else warming():
+                    if length:
+                        out = speculative_generate(target, draft, texts, draft_length=length, **speculation, **options)
+                    else:
+                        out = (sample_generate if temperature else greedy_generate)(target, texts, **options)
                 if repeat:
                     for live, proposals, seconds in _rounds_of(out.trace):
                         if live == count:
