@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from pair_data import CONTEXT_LENGTH, END_ID, PAD_ID, PASSES_PER_SOURCE, Corpus, corpus_of, prompt_length
+from pair_data import ASSISTANT_ID, BEGIN_ID, END_ID, PAD_ID, Corpus, corpus_of, prompt_length
+from pair_sampler import Sampler
+
+LONGEST_PROMPT = 192
+# What a prompt is answered at, one answer each: most of the time the first three, all of them where prompts are few.
+TEMPERATURES = (0.0, 0.7, 1.0, 1.0, 0.7, 1.0, 0.7, 1.0)
 
 
 @torch.no_grad()
@@ -35,67 +40,82 @@ def answer_prompts(model, prompts: list[np.ndarray], new_tokens: int, sample: bo
     return whole
 
 
-def even_batches(prompts: list[np.ndarray], batch: int) -> Iterator[list[np.ndarray]]:
-    """Prompts of like length together: at most `batch`, fewer where they are long, so that memory holds."""
-    part: list[np.ndarray] = []
-    for prompt in sorted(prompts, key=len):
-        if part and (len(part) == batch or (len(part) + 1) * (len(prompt) + 128) > 256 * batch):
-            yield part
-            part = []
-        part.append(prompt)
-    if part:
-        yield part
+def cut_prompts(document: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
+    """Prompts of one document: a chat up to one of its assistant turns, or windows of prose, the first at its start."""
+    if (document == ASSISTANT_ID).any():
+        ends = np.flatnonzero(document == ASSISTANT_ID) + 1
+        ends = ends[ends <= LONGEST_PROMPT]
+        return [document[: rng.choice(ends)]] if len(ends) else []
+    prompts = [document[: prompt_length(document, rng)]]
+    for _ in range(1, min(4, len(document) // 150)):
+        length = int(rng.integers(16, 97))
+        begin = int(rng.integers(1, max(2, len(document) - length - 1)))
+        prompts.append(np.concatenate([[BEGIN_ID], document[begin : begin + length]]))
+    return prompts
+
+
+def choose_prompts(corpora: list[Corpus], most_tokens: int, seed: int) -> dict[str, list[np.ndarray]]:
+    """Different prompts of every source, from its documents in random order, until they are `most_tokens` together."""
+    rng = np.random.default_rng(seed)
+    chosen: dict[str, list[np.ndarray]] = {}
+    for corpus in corpora:
+        for name in corpus.names:
+            seen, tokens = {}, 0
+            for index in rng.permutation(corpus.of_source(name)):
+                for prompt in cut_prompts(corpus.document(index), rng):
+                    tokens += len(prompt) if seen.setdefault(prompt.tobytes(), prompt) is prompt else 0
+                if tokens > most_tokens:
+                    break
+            chosen[name] = list(seen.values())
+    return chosen
+
+
+def plan_answers(prompts: dict[str, list[np.ndarray]], enough: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """Every prompt three times or, where a source has fewer than `enough` answers by that, up to eight times; and the
+    temperature of each answer."""
+    whole: list[np.ndarray] = []
+    temperatures: list[float] = []
+    for some in prompts.values():
+        times = min(max(-(-enough // max(len(some), 1)), 3), len(TEMPERATURES))
+        for temperature in TEMPERATURES[:times]:
+            whole += some
+            temperatures += [temperature] * len(some)
+    return whole, np.array(temperatures, np.float32)
 
 
 def answer_corpus(
     model,
-    corpora: list[Corpus],
-    count: int,
+    prompts: list[np.ndarray],
+    temperatures: np.ndarray,
+    new_tokens: int,
     batch: int,
     folder: Path,
     seed: int,
     say: Callable[[str], None],
-    sampled_share: float = 0.25,
-    together: bool = False,
     max_seconds: float | None = None,
 ) -> Corpus:
-    """Let the target answer prompts cut from documents; a share of the batches is sampled, the rest greedy.
+    """Let the target answer these prompts, `batch` of like length at a time.
 
-    Batches hold prompts of like length, of one source unless `together`, and come in random order, so that
-    stopping after `max_seconds` leaves a fair mix. Finished batches lie in `folder` and are not made again.
+    Batches come in random order, so that stopping after `max_seconds` leaves a fair mix. Finished batches lie in
+    `folder` and are not made again.
     """
-    rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
-    groups: dict[str, list[np.ndarray]] = {}
-    total = sum(len(corpus) for corpus in corpora)
-    for corpus in corpora:
-        for name in corpus.names:
-            of_source = corpus.of_source(name)
-            wanted = round(count * len(of_source) / total * min(PASSES_PER_SOURCE.get(name, 1.0), 2.0))
-            # Open answers are long and varied: give the prose-like sources at least a hundredth each.
-            wanted = min(max(wanted, count // 100), 3 * len(of_source))
-            prompts = []
-            for index in rng.choice(of_source, wanted, replace=wanted > len(of_source)):
-                document = corpus.document(index)
-                prompts.append(document[: prompt_length(document, rng)])
-            groups.setdefault("all" if together else name, []).extend(
-                prompt for prompt in prompts if len(prompt) <= CONTEXT_LENGTH // 2
-            )
-    batches = [(name, part) for name, prompts in groups.items() for part in even_batches(prompts, batch)]
+    sampler = Sampler(model, batch, max(map(len, prompts)) + new_tokens)
+    order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
+    batches = [order[at : at + batch] for at in range(0, len(order), batch)]
     begun, made = time.monotonic(), []
-    for done, at in enumerate(rng.permutation(len(batches))):
-        name, prompts = batches[at]
+    for done, at in enumerate(np.random.default_rng(seed).permutation(len(batches))):
         path = folder / f"{at:05d}.npz"
         if not path.exists():
             if max_seconds and time.monotonic() - begun > max_seconds:
                 say(f"time is up after {done} of {len(batches)} batches")
                 break
             torch.manual_seed(seed + int(at))
-            new_tokens = 64 if max(map(len, prompts)) > 256 else 128
-            whole = answer_prompts(model, prompts, new_tokens, sample=bool((at * 37 % 100) < 100 * sampled_share))
-            corpus_of(("answers", document.tolist()) for document in whole).save(path)
+            some = [prompts[i] for i in batches[at]]
+            whole = sampler.answer(some, temperatures[batches[at]], new_tokens)
+            corpus_of(("answers", document) for document in whole).save(path)
             if done % 20 == 0:
-                say(f"answers: batch {done} of {len(batches)} ({name}), {time.monotonic() - begun:.0f} s")
+                say(f"answers: batch {done} of {len(batches)}, {time.monotonic() - begun:.0f} s")
         made.append(path)
     parts = [Corpus.load(path) for path in sorted(made)]
-    return corpus_of(("answers", part.document(i).tolist()) for part in parts for i in range(len(part)))
+    return corpus_of(("answers", part.document(i)) for part in parts for i in range(len(part)))

@@ -110,7 +110,7 @@ class Corpus:
             return Corpus(arrays["tokens"], arrays["starts"], arrays["source"], names)
 
 
-def corpus_of(documents: Iterable[tuple[str, list[int]]]) -> Corpus:
+def corpus_of(documents: Iterable[tuple[str, list[int] | np.ndarray]]) -> Corpus:
     """Collect `(source name, token ids)` pairs."""
     names: dict[str, int] = {}
     sources, ids = [], []

@@ -101,6 +101,14 @@ def new_model(shape: Shape, seed: int, attention: str = "packed") -> LlamaForCau
     return model
 
 
+def new_draft(shape: Shape, target, seed: int) -> LlamaForCausalLM:
+    """A fresh draft; where it is as wide as the target it begins with the target's embeddings."""
+    draft = new_model(shape, seed)
+    if shape.hidden == target.config.hidden_size:
+        draft.lm_head.weight.data.copy_(target.lm_head.weight.data)
+    return draft
+
+
 def layer_step(layer, hidden: Tensor, mask, cos: Tensor, sin: Tensor, dropout: float) -> Tensor:
     out = layer(hidden, attention_mask=mask, position_embeddings=(cos, sin))
     return hidden + F.dropout(out - hidden, dropout) if dropout else out
@@ -116,12 +124,12 @@ def weighted_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, weights
 def distillation_loss(hidden: Tensor, head: Tensor, teacher: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Sums over tokens of the loss, of KL(target || draft), and of "the two argmaxes agree".
 
+    hidden [tokens, width], head [vocabulary, width], teacher: logits [tokens, vocabulary], weights [tokens].
+
     The loss is half forward KL (Hinton et al. 2015; DistillSpec, Zhou et al. 2023) and half cross entropy of
-    the target's argmax, the token that greedy verification asks for. teacher: logits [rows, row, vocabulary].
+    the target's argmax, the token that greedy verification asks for.
     """
-    logits = F.linear(hidden, head).flatten(0, 1).float()
-    teacher = teacher.flatten(0, 1).float()
-    weights = weights.flatten()
+    logits, teacher = F.linear(hidden, head).float(), teacher.float()
     draft_log, target_log = F.log_softmax(logits, -1), F.log_softmax(teacher, -1)
     divergence = (target_log.exp() * (target_log - draft_log)).sum(-1)
     best = teacher.argmax(-1)
@@ -402,17 +410,26 @@ def target_loss(model, machine: Machine, how: Training, user_weight: float):
     return step_loss
 
 
-def draft_loss(draft, target, machine: Machine):
-    """`step_loss` for distillation; reports KL and how often the argmaxes agree beside the loss."""
+def draft_loss(draft, target, machine: Machine, counted: float):
+    """`step_loss` for distillation; reports KL and how often the argmaxes agree beside the loss.
+
+    Only answers and prose count, and only there are logits computed: `counted` is the largest share of a step's tokens
+    that can be (more would be left out).
+    """
 
     def step_loss(rows: Tensor, training: bool) -> tuple[Tensor, ...]:
         documents, positions = unpack_rows(rows)
-        _, weights = loss_weights(rows, 0.1 if training else 0.0)
+        _, weights = loss_weights(rows, 0.0)
+        places = torch.argsort(weights.flatten() == 0, stable=True)[: math.ceil(counted * rows.numel())]
+        weights = weights.flatten()[places]
         mask = machine.mask(documents)
         with machine.autocast():
             with torch.no_grad():
-                teacher = F.linear(machine.hidden_states(target, rows, mask, positions), target.lm_head.weight)
-            hidden = machine.hidden_states(draft, rows, mask, positions)
+                hidden = machine.hidden_states(target, rows, mask, positions)
+                hidden = hidden.flatten(0, 1)[places].float()
+                with torch.autocast(machine.device.type, enabled=False):  # in bf16 many of its arg-maxes are ties
+                    teacher = F.linear(hidden, target.lm_head.weight)
+            hidden = machine.hidden_states(draft, rows, mask, positions).flatten(0, 1)[places]
             loss, divergence, agreed = machine.distillation(hidden, draft.lm_head.weight, teacher, weights)
         return loss, weights.sum(), divergence.detach(), agreed
 

@@ -17,6 +17,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from pair_data import (
     Corpus,
     corpus_of,
@@ -30,6 +31,7 @@ from pair_data import (
 from pair_variants import made_records, open_prompts
 
 LARGEST_SHARD = "15MB"
+NEW_TOKENS = 128  # of an answer, the most
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class Preset:
     dropout: float
     evaluate_every: int
     open_prompts: int
-    answers: int
+    prompt_tokens: int  # of each source, the most
+    enough_answers: int  # of a source, before its prompts are answered more than three times
     held_out_answers: int
     answer_batch: int
     figures: int  # documents, prompts or sentences per set in the final figures
@@ -55,16 +58,17 @@ class Preset:
 PRESETS = {
     "gpu": Preset(
         target=(14, 384, 6, 2, 960),
-        draft=(2, 192, 3, 3, 768),
+        draft=(3, 384, 6, 2, 448),
         row_length=2048,
         rows_per_step=64,
         target_passes=12,
-        draft_passes=48,
+        draft_passes=8,
         learning_rate=4e-3,
         dropout=0.1,
         evaluate_every=200,
         open_prompts=80_000,
-        answers=240_000,
+        prompt_tokens=1_000_000,
+        enough_answers=8_000,
         held_out_answers=4_000,
         answer_batch=8192,
         figures=400,
@@ -80,7 +84,8 @@ PRESETS = {
         dropout=0.0,
         evaluate_every=1000,
         open_prompts=2_000,
-        answers=6_000,
+        prompt_tokens=10_000,
+        enough_answers=60,
         held_out_answers=600,
         answer_batch=64,
         figures=100,
@@ -97,7 +102,8 @@ PRESETS = {
         dropout=0.1,
         evaluate_every=20,
         open_prompts=8,
-        answers=8,
+        prompt_tokens=100,
+        enough_answers=8,
         held_out_answers=4,
         answer_batch=8,
         figures=4,
@@ -219,29 +225,27 @@ def make_target(work: Path, preset: Preset, seed: int, max_seconds: float | None
 
 
 def make_answers(work: Path, preset: Preset, seed: int, max_seconds: float | None) -> None:
-    """answers.npz (on training prompts and open prompts) and held_out_answers.npz (greedy)."""
+    """answers.npz (greedy and sampled, on training prompts and open prompts) and held_out_answers.npz (greedy)."""
     if (work / "answers.npz").exists():
         return
-    from pair_answers import answer_corpus
+    from pair_answers import answer_corpus, choose_prompts, plan_answers
 
     device = best_device()
     target = load_finished(work / "target", device, "bfloat16" if device == "cuda" else "float32")
     batch = preset.answer_batch
+    chosen = choose_prompts([Corpus.load(work / "held_out.npz")], preset.prompt_tokens, seed)
+    each = -(-preset.held_out_answers // len(chosen))
+    prompts = [prompt for some in chosen.values() for prompt in some[:each]]
     held_out = answer_corpus(
-        target,
-        [Corpus.load(work / "held_out.npz")],
-        preset.held_out_answers,
-        batch,
-        work / "held_out_answers",
-        seed,
-        say,
-        sampled_share=0.0,
-        together=True,
+        target, prompts, np.zeros(len(prompts)), NEW_TOKENS, batch, work / "held_out_answers", seed, say
     )
     held_out.save(work / "held_out_answers.npz")
     corpora = [Corpus.load(work / "train.npz"), Corpus.load(work / "open_prompts.npz")]
+    chosen = choose_prompts(corpora, preset.prompt_tokens, seed + 1)
+    prompts, temperatures = plan_answers(chosen, preset.enough_answers)
+    say(f"answers: {sum(map(len, chosen.values())):,} prompts, {len(prompts):,} answers wanted")
     answers = answer_corpus(
-        target, corpora, preset.answers, batch, work / "answers", seed + 1, say, max_seconds=max_seconds
+        target, prompts, temperatures, NEW_TOKENS, batch, work / "answers", seed + 1, say, max_seconds
     )
     say(f"answers: {len(answers):,} documents, {len(answers.tokens):,} tokens")
     answers.save(work / "answers.npz")
@@ -252,7 +256,7 @@ def make_answers(work: Path, preset: Preset, seed: int, max_seconds: float | Non
 def make_draft(work: Path, preset: Preset, seed: int, max_seconds: float | None) -> None:
     if (work / "draft" / "config.json").exists():
         return
-    from pair_training import Machine, Shape, Training, draft_loss, new_model, train
+    from pair_training import Machine, Shape, Training, draft_loss, new_draft, train
 
     how = Training(
         passes=preset.draft_passes,
@@ -266,12 +270,12 @@ def make_draft(work: Path, preset: Preset, seed: int, max_seconds: float | None)
     )
     machine = Machine.of(best_device())
     target = load_finished(work / "target", machine.device.type, "float32", attention="packed").requires_grad_(False)
-    draft = new_model(Shape(*preset.draft), seed + 1)
+    draft = new_draft(Shape(*preset.draft), target, seed + 1)
     say(f"draft: {draft.num_parameters():,} parameters, {how}")
     record = train(
         draft,
-        draft_loss(draft, target, machine),
-        ((work / "answers.npz", 1.0), (work / "train.npz", 0.15)),
+        draft_loss(draft, target, machine, counted=0.75),
+        ((work / "answers.npz", 1.0),),
         Corpus.load(work / "held_out_answers.npz"),
         how,
         machine,

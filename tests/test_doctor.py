@@ -16,7 +16,7 @@ def test_every_preset_is_listed_with_its_facts(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "_cached", lambda repo: repo.startswith("bundled"))
     rows = {row[0]: row for row in doctor.models()}
     assert set(rows) == {path.stem for path in (CONF / "target").glob("*.yaml")}
-    assert rows["bundled"][1:] == ("bundled", "24 M", "2,048", "yes", "bundled-draft", "2.8 M", "yes")
+    assert rows["bundled"][1:] == ("bundled", "24 M", "2,048", "yes", "bundled-draft", "5.9 M", "yes")
     assert rows["gpt2"][1:] == ("openai-community/gpt2", "124 M", "1,024", "no", "distilbert/distilgpt2", "82 M", "no")
     assert not any("?" in row for row in rows.values()), "a preset that doctor.KNOWN does not know"
     assert cli.main(["models"]) == 0 and "zephyr-7b-beta" in capsys.readouterr().out

@@ -20,7 +20,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "openvino", "hydra-core", "wa
             "matplotlib", "playwright")
 # Of each repository that a preset names: parameters, context, chat template. As their cards say; nothing is downloaded.
 KNOWN: dict[str, tuple[str, int | None, bool | None]] = {
-    "bundled": ("24 M", 2048, True), "bundled-draft": ("2.8 M", 2048, True),
+    "bundled": ("24 M", 2048, True), "bundled-draft": ("5.9 M", 2048, True),
     "openai-community/gpt2": ("124 M", 1024, False), "distilbert/distilgpt2": ("82 M", 1024, False),
     "TinyLlama/TinyLlama-1.1B-Chat-v1.0": ("1.1 B", 2048, True),
     "google/gemma-3-4b-it": ("4.3 B", 131072, True), "google/gemma-3-270m-it": ("0.27 B", 32768, True),
