@@ -117,6 +117,13 @@ def best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def fast_products(fast: bool) -> None:
+    """Products of fp32 in TF32: exact where both factors are bf16, as logits from bf16 states are."""
+    import torch
+
+    torch.set_float32_matmul_precision("high" if fast else "highest")
+
+
 def say(text: str) -> None:
     print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
 
@@ -230,6 +237,7 @@ def make_answers(work: Path, preset: Preset, seed: int, max_seconds: float | Non
         return
     from pair_answers import answer_corpus, choose_prompts, plan_answers
 
+    fast_products(True)
     device = best_device()
     target = load_finished(work / "target", device, "bfloat16" if device == "cuda" else "float32")
     batch = preset.answer_batch
@@ -268,6 +276,7 @@ def make_draft(work: Path, preset: Preset, seed: int, max_seconds: float | None)
         weight_decay=0.01,
         max_seconds=max_seconds,
     )
+    fast_products(True)
     machine = Machine.of(best_device())
     target = load_finished(work / "target", machine.device.type, "float32", attention="packed").requires_grad_(False)
     draft = new_draft(Shape(*preset.draft), target, seed + 1)
@@ -293,6 +302,7 @@ def make_figures(data: Path, work: Path, preset: Preset, seed: int) -> None:
         return
     from pair_evaluation import evaluate_pair, report_tables
 
+    fast_products(False)
     device = best_device()
     target = load_finished(work / "target", device, "float32")
     draft = load_finished(work / "draft", device, "float32")
