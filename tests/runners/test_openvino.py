@@ -121,7 +121,7 @@ def forgotten_owner(slots, rows, new):
 def nothing_dies(slots, rows, new, right=backend.StateSlots._append):
     right(slots, rows, new)
     if not slots.plain:
-        slots.dead.zero_()
+        slots.alive.fill_(True)
 
 
 def unordered(slots):

@@ -155,12 +155,13 @@ def step(beams: Sequence[Beams], log_probs: Tensor, rule: Ranking, request: Requ
          ) -> tuple[list[Beams], list[bool], Ranked]:
     """One beam step. Returns the new states, whether each row's search is over, and what was ranked.
 
-    log_probs: [rows, beams, vocabulary] fp32, processed. live: the request's row behind each row. Ranking is left to
-    torch.topk on the same numbers as in transformers, so that ties end alike; the rest is a few numbers per row.
+    log_probs: [rows, beams, vocabulary] fp32, processed; overwritten. live: the request's row behind each row. Ranking
+    is left to torch.topk on the same numbers as in transformers, so that ties end alike; the rest is a few numbers per
+    row.
     """
     width, vocabulary = log_probs.shape[1:]
     before = torch.tensor([row.scores for row in beams], device=log_probs.device)
-    best, index = rule.candidates((log_probs + before[..., None]).flatten(1), rule.keep, live)
+    best, index = rule.candidates(log_probs.add_(before[..., None]).flatten(1), rule.keep, live)
     best = best.cpu()
     found = [[divmod(place, vocabulary) for place in row] for row in index.tolist()]  # (origin, token)
     reasons = [endings(row.tokens, candidates, request, number, log_probs.device)

@@ -109,7 +109,7 @@ class Intersection(OtherVocabulary):
         scores = process(aligned, [row.processors for row in self.rows], paths)
         return torch.where(scores.amax(-1, keepdim=True) == -torch.inf, aligned.float(), scores)
 
-    def _extend(self, tokens: Tensor, hang: Tensor, wanted: Sequence[bool]) -> Tensor:
+    def _extend(self, tokens: Tensor, hang: Tensor | list[int], wanted: Sequence[bool]) -> Tensor:
         return super()._extend(self.reading[tokens], hang, wanted)
 
 
@@ -132,7 +132,7 @@ class ExactMatch(OtherVocabulary):
             wanted = length.reads_on(wanted)
             if depth + 1 == self.shape.depth or not any(wanted):
                 break
-            logits = self._extend(best[:, None], torch.full_like(best[:, None], depth), wanted)
+            logits = self._extend(best[:, None], [depth], wanted)
         tokens, sureness = [], []
         for row, limit in enumerate(limits):
             ids, chances = rewrite(self.both, sequences[row], drafted[row], sure[row])

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -87,15 +87,17 @@ class DraftModel:
         if self.shape.nodes:
             return self._grow(sequences, limits, deepest, logits)
 
-        rows, device = len(sequences), self.tree.device
+        rows = len(sequences)
         tokens: list[Tensor] = []  # per depth [rows, width]
         parents: list[int] = []
         q: list[Tensor] = []
         above = [-1]  # the frontier: numbers of the nodes whose children come next
         sure: list[list[float]] = [[] for _ in sequences]
+        processed = any(row.processors for row in self.rows)
         wanted, counts, seen, forwards = [limit > 0 for limit in limits], [0] * rows, [0] * rows, 1
         for depth in range(deepest):
-            drawn = torch.cat(tokens, 1).tolist() if tokens else [[] for _ in sequences]
+            # Only processors ask for it: else the next step need not wait for these tokens.
+            drawn = torch.cat(tokens, 1).tolist() if tokens and processed else [[] for _ in sequences]
             paths = self._paths(sequences, drawn, [parents] * rows, [above] * rows)
             scores = self._scores(logits, paths)
             if not length.fixed:  # to stop is decided before a token is drawn, by its prefix alone
@@ -116,7 +118,7 @@ class DraftModel:
             if not any(wanted):
                 break
             if depth + 1 < deepest:
-                hang = torch.tensor([parents[node] + 1 for node in above], device=device).expand(rows, -1)
+                hang = [parents[node] + 1 for node in above]
                 logits, forwards = self._extend(tokens[-1], hang, wanted), forwards + 1
                 seen = [len(parents) if here else n for here, n in zip(wanted, seen, strict=True)]
         flat = torch.cat(tokens, 1).tolist() if tokens else [[]] * rows
@@ -234,15 +236,21 @@ class DraftModel:
         self.read = [len(text) for text in texts]
         return logits
 
-    def _extend(self, tokens: Tensor, hang: Tensor, wanted: Sequence[bool]) -> Tensor:
-        """Read new nodes [rows, width] below `nodes` number hang [rows, width]; they join `nodes`."""
-        real = torch.tensor(wanted, device=self.tree.device).long()
-        if tokens.shape[1] == 1:
-            block = Block(tokens, hang, torch.zeros_like(tokens), torch.ones_like(tokens).bool()[:, None], real,
-                          chained=bool((hang == hang.amax()).all()))
+    def _extend(self, tokens: Tensor, hang: Tensor | list[int], wanted: Sequence[bool]) -> Tensor:
+        """Read new nodes [rows, width] below `nodes` number hang [rows, width] (a list: the same of every row); they
+        join `nodes`."""
+        rows, width = tokens.shape
+        chained = False
+        if isinstance(hang, list):
+            chained = hang == [self.nodes.depth.shape[1] - 1]
+            hang = torch.tensor(hang, device=self.tree.device).expand(rows, -1)
+        lengths = None if all(wanted) else torch.tensor(wanted, device=self.tree.device).long() * width
+        block: Block
+        if chained:
+            block = replace(chain(tokens, self.tree.device, lengths), tip=hang)
         else:
             block = leaves(tokens, hang)
-            block = Block(block.tokens, block.tip, block.depth, block.ancestors, real * tokens.shape[1])
+            block = block if lengths is None else replace(block, lengths=lengths, even=False)
         logits, more = self.tree.extend(self.nodes, block)
         self.nodes = self.nodes.join(more)
         return logits

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -47,8 +48,10 @@ class Tips:
 
     def join(self, more: Tips) -> Tips:
         """These tips and, numbered behind them, `more` (of the same rows)."""
-        wide = max(self.visible.shape[2], more.visible.shape[2])
-        both = [torch.nn.functional.pad(t.visible, (0, wide - t.visible.shape[2])) for t in (self, more)]
+        both = [self.visible, more.visible]
+        if self.visible.shape[2] != more.visible.shape[2]:
+            wide = max(self.visible.shape[2], more.visible.shape[2])
+            both = [torch.nn.functional.pad(seen, (0, wide - seen.shape[2])) for seen in both]
         return Tips(torch.cat(both, 1), torch.cat([self.depth, more.depth], 1), self.contiguous and more.contiguous)
 
 
@@ -66,28 +69,44 @@ class Block:
     depth: Tensor
     ancestors: Tensor
     lengths: Tensor
-    chained: bool = False  # one below the other
+    chained: bool = False  # one below the other, the first below the deepest tip
+    even: bool = False  # every row has all of them
 
 
 def chain(tokens: Sequence[Sequence[int]] | Tensor, device: torch.device, lengths: Tensor | None = None) -> Block:
     """Each row's tokens one below the other, the first below the row's only tip."""
     if not isinstance(tokens, Tensor):
-        lengths = torch.tensor([len(row) for row in tokens], device=device)
-        width = max(len(row) for row in tokens)
-        tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in tokens], device=device)
+        counts = [len(row) for row in tokens]
+        width = max(counts)
+        if min(counts) < width:
+            lengths = torch.tensor(counts, device=device)
+            tokens = [[*row, *[0] * (width - len(row))] for row in tokens]
+        tokens = torch.tensor(tokens, device=device)
     rows, new = tokens.shape
-    if lengths is None:
-        lengths = torch.full((rows,), new, device=device)
+    shape = _chain_shape if new <= 16 else _chain_shape.__wrapped__  # those of long prompts are not worth their memory
+    tip, order, ancestors, full = shape(rows, new, device)
+    even = lengths is None
+    return Block(tokens, tip, order, ancestors, full if lengths is None else lengths, chained=True, even=even)
+
+
+@lru_cache(64)
+def _chain_shape(rows: int, new: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """tip, depth, ancestors and lengths of a chain: the same ones in every step."""
     order = torch.arange(new, device=device)
-    return Block(tokens, torch.zeros_like(tokens), order.expand(rows, -1), (order[:, None] >= order)[None], lengths,
-                 chained=True)
+    zero = torch.zeros(rows, new, dtype=torch.long, device=device)
+    return zero, order.expand(rows, -1), (order[:, None] >= order)[None], torch.full((rows,), new, device=device)
+
+
+@lru_cache(16)
+def _numbers(count: int, device: torch.device) -> Tensor:
+    return torch.arange(count, device=device)
 
 
 def leaves(tokens: Tensor, tip: Tensor) -> Block:
     """One new node below each named tip; tokens, tip: [rows, new] long."""
     rows, new = tokens.shape
     own = torch.eye(new, dtype=torch.bool, device=tokens.device)[None]
-    return Block(tokens, tip, torch.zeros_like(tokens), own, torch.full((rows,), new, device=tokens.device))
+    return Block(tokens, tip, torch.zeros_like(tokens), own, torch.full((rows,), new, device=tokens.device), even=True)
 
 
 def branches(trees: Sequence[tuple[Sequence[int], Sequence[int]]], device: torch.device) -> Block:
@@ -131,24 +150,29 @@ class TokenTree:
         """Run the block. Logits [rows, new, vocabulary] ([rows, 1, …] of each row's last node with `last_only`),
         and the new nodes as tips [rows, new]. Slots that no tip in `tips` sees may be overwritten."""
         new = block.tokens.shape[1]
-        real = torch.arange(new, device=self.device) < block.lengths[:, None]
-        slots = self._free_slots(tips, new)
-        seen, more = tips.visible, self.cache.capacity - tips.visible.shape[2]
-        if more:
-            seen = torch.nn.functional.pad(seen, (0, more))
-        visible = seen.gather(1, block.tip[..., None].expand(-1, -1, seen.shape[2]))
-        visible.scatter_(2, slots[:, None].expand(-1, new, -1), block.ancestors.expand(len(slots), -1, -1))
-        positions = tips.depth.gather(1, block.tip) + block.depth
-        legal = positions * real  # pads too need a position that exists (gpt2)
+        slots, contiguous = self._free_slots(tips, new), tips.contiguous and block.chained
+        if contiguous:  # a slot is its position, and a node sees all up to its own
+            positions = slots
+            visible = _numbers(self.cache.capacity, self.device) <= positions[..., None]
+        else:
+            seen, more = tips.visible, self.cache.capacity - tips.visible.shape[2]
+            if more:
+                seen = torch.nn.functional.pad(seen, (0, more))
+            visible = seen.gather(1, block.tip[..., None].expand(-1, -1, seen.shape[2]))
+            visible.scatter_(2, slots[:, None].expand(-1, new, -1), block.ancestors.expand(len(slots), -1, -1))
+            positions = tips.depth.gather(1, block.tip) + block.depth
+        legal = positions
+        if not block.even:  # pads too need a position that exists (gpt2)
+            legal = positions * (_numbers(new, self.device) < block.lengths[:, None])
 
         view, near = self.cache.view, None
         if self.adapter.window is not None:  # the window counts positions, not slots
             self.position_of.scatter_(1, slots, positions)
             near = visible[..., :view] & (self.position_of[:, None, :view]
                                           > positions[..., None] - self.adapter.window)
-        keep = (block.lengths - 1).clamp(min=0) if last_only else None
+        keep = (block.lengths - 1).clamp(min=0) if last_only and new > 1 else None
         logits = forward(self.adapter, self.cache, block.tokens, legal, visible[..., :view], near, keep)
-        return logits, Tips(visible, positions + 1, contiguous=tips.contiguous and block.chained)
+        return logits, Tips(visible, positions + 1, contiguous)
 
     def keep_rows(self, rows: Sequence[int]) -> Tensor:
         """Go on with these rows only (their numbers among the present ones); returns them as an index."""
@@ -172,7 +196,8 @@ class TokenTree:
     def _free_slots(self, tips: Tips, new: int) -> Tensor:
         """[rows, new] long: the first slots that no tip sees; tells the cache where the forward writes."""
         if tips.contiguous:
-            slots = tips.depth.amax(1, keepdim=True) + torch.arange(new, device=self.device)
+            slots = tips.depth if tips.depth.shape[1] == 1 else tips.depth.amax(1, keepdim=True)
+            slots = slots if new == 1 else slots + _numbers(new, self.device)
         else:
             reach = min(self.high + new, tips.visible.shape[2])
             free = ~tips.visible[..., :reach].any(1)

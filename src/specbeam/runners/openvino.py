@@ -21,6 +21,7 @@ from specbeam.runners.choose import threads
 from specbeam.runners.openvino_cache import compute_type, load
 
 _HIDDEN = -1e38  # added to a score; finite (in bfloat16 too), as NaN comes of inf - inf
+_ADDED = np.array([_HIDDEN, 0.0], dtype=np.float32)  # by whether a token is seen
 _SLACK = 64  # dead positions that are left to lie, and beside them a quarter of what lives
 
 
@@ -41,6 +42,8 @@ class _Requests:
 
     def __init__(self, model: ov.Model, kind: str):
         self.model, self.kind, self.threads = model, kind, threads()
+        for unread in [one for one in model.get_parameters() if not one.output(0).get_target_inputs()]:
+            model.remove_parameter(unread)  # `near` of a model without a window
         self.forget()
 
     def forget(self) -> None:
@@ -77,7 +80,7 @@ class StateSlots:
         self.everything: dict[tuple[int, int], Tensor] = {}
         # Position p holds slot p in every row: nothing has been written twice, and there is nothing to look up.
         self.plain = True
-        self.owner = self.dead = self.place = torch.empty(0)
+        self.owner = self.alive = self.place = torch.empty(0)
 
     def resize(self, capacity: int) -> None:
         self.capacity = capacity
@@ -90,7 +93,7 @@ class StateSlots:
         else:
             self._in_order(len(index))
         if not self.plain:
-            self.owner, self.dead, self.place = self.owner[index], self.dead[index], self.place[index]
+            self.owner, self.alive, self.place = self.owner[index], self.alive[index], self.place[index]
 
     def join(self, more: StateSlots) -> None:
         """Go on with another batch's rows too, behind these; both have the same capacity."""
@@ -106,10 +109,9 @@ class StateSlots:
             state.state = ov.Tensor(torch.cat(both).numpy())
         for slots in (self, more):
             slots.owner = torch.nn.functional.pad(slots.owner[:, : slots.length], (0, longest - slots.length))
-            slots.dead = torch.nn.functional.pad(slots.dead[:, : slots.length + 1], (0, longest - slots.length),
-                                                 value=_HIDDEN)
-        self.owner, self.dead, self.place = (
-            torch.cat(pair) for pair in ((self.owner, more.owner), (self.dead, more.dead), (self.place, more.place)))
+            slots.alive = torch.nn.functional.pad(slots.alive[:, : slots.length + 1], (0, longest - slots.length))
+        self.owner, self.alive, self.place = (
+            torch.cat(pair) for pair in ((self.owner, more.owner), (self.alive, more.alive), (self.place, more.place)))
         self.length = longest
         self._in_order(len(self.owner))
 
@@ -125,14 +127,17 @@ class StateSlots:
             keep = self.everything[rows, new]
         else:
             keep = keep[:, None]
-        given = {"tokens": tokens, "positions": positions, "keep": keep}
+        given = {"tokens": tokens.contiguous().numpy(), "positions": positions.contiguous().numpy(),
+                 "keep": keep.numpy(), "beam_idx": self.order}
         if "mask" in self.inputs:
             given["mask"] = self._bias(visible)
         if "near" in self.inputs:
-            given["near"] = self._bias(visible if near is None else near)
-        arrays = {name: tensor.contiguous().numpy() for name, tensor in given.items()}
+            given["near"] = given["mask"] if near is None and "mask" in given else self._bias(
+                visible if near is None else near)
+        # As tensors: of arrays OpenVINO's Python would look up, compare and wrap each one again.
+        tensors = {name: ov.Tensor(array, shared_memory=True) for name, array in given.items()}
         try:
-            result = self.request.infer({**arrays, "beam_idx": self.order}, share_inputs=True, share_outputs=True)
+            result = self.request.infer(tensors, share_inputs=True, share_outputs=True)
         except BaseException:
             self.requests.forget()
             raise
@@ -144,15 +149,14 @@ class StateSlots:
         """The coming forward goes on with these rows of the state (beam_idx): all, as they are."""
         self.order, self.chosen = np.arange(rows, dtype=np.int32), False
 
-    def _bias(self, visible: Tensor) -> Tensor:
+    def _bias(self, visible: Tensor) -> np.ndarray:
         """[rows, 1, new, positions]: what to add to the scores."""
-        bias = torch.where(visible, 0.0, _HIDDEN)
         if not self.plain:
             owner = self.owner[:, None, : self.length].expand(-1, visible.shape[1], -1)
-            bias = bias.gather(2, owner).add_(self.dead[:, None, 1 : self.length + 1])
-        if bias.shape[2] != self.length:  # OpenVINO would read beyond it
-            raise RuntimeError(f"the mask is {bias.shape[2]} positions wide and the state has {self.length}")
-        return bias[:, None]
+            visible = visible.gather(2, owner).logical_and_(self.alive[:, None, 1 : self.length + 1])
+        if visible.shape[2] != self.length:  # OpenVINO would read beyond it
+            raise RuntimeError(f"the mask is {visible.shape[2]} positions wide and the state has {self.length}")
+        return _ADDED.take(visible.numpy().view(np.uint8))[:, None]
 
     def _append(self, rows: int, new: int) -> None:
         """The coming forward appends `self.slots`: remember where, and that what they held is dead."""
@@ -166,8 +170,8 @@ class StateSlots:
         if self.length > self.owner.shape[1]:
             more = self.length // 2 + 64
             self.owner = torch.nn.functional.pad(self.owner, (0, more))
-            self.dead = torch.nn.functional.pad(self.dead, (0, more))
-        self.dead.scatter_(1, self.place.gather(1, self.slots), _HIDDEN)
+            self.alive = torch.nn.functional.pad(self.alive, (0, more), value=True)
+        self.alive.scatter_(1, self.place.gather(1, self.slots), False)
         self.owner[:, start : self.length] = self.slots
         self.place.scatter_(1, self.slots, torch.arange(start + 1, self.length + 1).expand(rows, -1))
 
@@ -176,7 +180,8 @@ class StateSlots:
         if self.plain:
             rows, self.plain = len(self.order), False
             self.owner = torch.arange(self.length).repeat(rows, 1)
-            self.dead = torch.zeros(rows, 1 + self.length)  # column 0 is for slots that were never written
+            # Column 0 is for slots that were never written.
+            self.alive = torch.ones(rows, 1 + self.length, dtype=torch.bool)
             self.place = torch.zeros(rows, self.capacity, dtype=torch.long)  # 1 + position of each slot
             self.place[:, : self.length] = torch.arange(1, 1 + self.length)
 
@@ -184,7 +189,7 @@ class StateSlots:
         """Drop dead positions, and put the others in the order of their slots."""
         if self.plain:
             return
-        owner, hidden = self.owner[:, : self.length], self.dead[:, 1 : self.length + 1] < 0
+        owner, hidden = self.owner[:, : self.length], ~self.alive[:, 1 : self.length + 1]
         order = torch.where(hidden, self.capacity + owner, owner).argsort(1)[:, : int((~hidden).sum(1).max())]
         for state in self.request.query_state():
             kept = torch.from_numpy(state.state.data)[torch.from_numpy(self.order).long()]
@@ -197,7 +202,7 @@ class StateSlots:
         if not hidden.any() and bool((owner == places).all()):
             self.plain = True
             return
-        self.owner, self.dead = owner, torch.nn.functional.pad(torch.where(hidden, _HIDDEN, 0.0), (1, 0))
+        self.owner, self.alive = owner, torch.nn.functional.pad(~hidden, (1, 0), value=True)
         place = torch.zeros(len(owner), self.capacity + 1, dtype=torch.long)  # one column for the dead
         place.scatter_(1, torch.where(hidden, self.capacity, owner), (places + 1).expand_as(owner))
         self.place = place[:, : self.capacity]
