@@ -2,9 +2,10 @@
 
     python benchmarks/plain.py [--rounds 5] [--new 64] [--batches 1,2,4,8,16] [--large] [--dtype float32]
 
-Ratios inside one run, interleaved, medians over rounds; every timed answer is checked against eager's. Prints tables
-and writes outputs/benchmarks/plain.json. --large: instead of the bundled pair, a random Llama of 1.1 B parameters in
-bfloat16 (memory-bound, as users' models are; 10 GB of memory).
+Ratios inside one run, interleaved, medians over rounds; every timed answer is checked against eager's. Speculation
+(length 4) runs on the last of the runners. Prints tables and writes outputs/benchmarks/plain.json. --large: instead
+of the bundled pair, a random Llama of 1.1 B parameters in bfloat16 (memory-bound, as users' models are; 10 GB of
+memory).
 """
 
 from __future__ import annotations
@@ -74,13 +75,18 @@ def bare(model: Any, prompt: torch.Tensor, new: int) -> Run:
     return run
 
 
-def ours(model: Any, runner: str, ids: Any, new: int) -> Run:
+def ours(model: Any, runner: str, ids: Any, new: int, draft: Any = None) -> Run:
+    """Plain, or with a draft speculative decoding (length 4)."""
+
     def run() -> tuple[list[list[int]], float, float, float]:
         use_runner(model, runner)
         start = time.perf_counter()
-        out = specbeam.greedy_generate(model, ids, max_new_tokens=new)
+        if draft is None:
+            out = specbeam.greedy_generate(model, ids, max_new_tokens=new)
+        else:
+            out = specbeam.speculative_generate(model, draft, ids, draft_length=4, max_new_tokens=new)
         whole, trace = time.perf_counter() - start, out.trace[0]
-        forwards = (trace.verify_seconds or 0.0) / trace.decode_seconds
+        forwards = ((trace.verify_seconds or 0.0) + (trace.draft_seconds or 0.0)) / trace.decode_seconds
         return out.tokens, whole, trace.decode_seconds, 1 - forwards
 
     return run
@@ -132,10 +138,10 @@ def main() -> None:
     chosen = parser.parse_args()
     prompts: list[torch.Tensor]
     if chosen.large:
-        model, name = large(), "1.1 B random, bfloat16"
+        model, draft, name = large(), None, "1.1 B random, bfloat16"
         prompts = [torch.randint(5, 31000, (24,), generator=torch.Generator().manual_seed(n)) for n in range(16)]
     else:
-        model, tokenizer = specbeam.load_model("bundled", dtype=chosen.dtype, runner="eager")
+        model, draft, tokenizer = specbeam.load_pair(dtype=chosen.dtype)
         name = f"bundled, {chosen.dtype}"
         asked = [p.conversation(0) for p in read_prompts(BUNDLED)][:16]
         prompts = [specbeam.render_prompt(tokenizer, [one]).input_ids[0] for one in asked]
@@ -150,6 +156,8 @@ def main() -> None:
     for size in [int(text) for text in chosen.batches.split(",")]:
         ids = prompts[:size]
         runs = {runner: ours(model, runner, ids, chosen.new) for runner in runners}
+        if draft is not None:
+            runs["speculative 4"] = ours(model, runners[-1], ids, chosen.new, draft)
         runs["transformers.generate"] = generate(model, ids, chosen.new)
         if size == 1:
             runs["bare loop"] = bare(model, ids[0][None], chosen.new)
@@ -162,8 +170,9 @@ def main() -> None:
             decoding = size * (chosen.new - 1) / row["decode_ms"] * 1e3
             row["of_limit"] = decoding / size / limit
             loop = f"{row['decode_times']['bare loop']:.2f}" if "bare loop" in row["decode_times"] else ""
-            outside = f"{100 * row['outside']:.1f} %" if label in names else ""
-            part = f"{100 * row['of_limit']:.0f} %" if label in names else ""
+            mine = label in names or label == "speculative 4"
+            outside = f"{100 * row['outside']:.1f} %" if mine else ""
+            part = f"{100 * row['of_limit']:.0f} %" if mine else ""
             print(f"{label:<26} {row['tokens_per_second']:9.1f} {row['times']['transformers.generate']:11.2f} "
                   f"{loop:>12} {outside:>17} {part:>13} {same:>8} of {size}")
         report["batches"][size] = found

@@ -115,7 +115,6 @@ def main() -> None:
     target, draft, tokenizer = specbeam.load_pair(dtype=chosen.dtype, runner=chosen.runner)
     plain_target, _ = specbeam.load_model("bundled", dtype=chosen.dtype, runner="eager")
     runner = use_runner(target, chosen.runner)
-    use_runner(draft, chosen.runner)
     asked, seen = [], set()
     for prompt in read_prompts(BUNDLED):  # one of each category first
         if prompt.category not in seen and len(asked) < chosen.prompts:
