@@ -286,6 +286,7 @@ def test_generate_never_complains_about_a_missing_attention_mask(tokenizer, fold
     model, tokenizer = load_model(folder(family), device="cpu")
     batch = render_prompt(tokenizer, ["Hello", "Why is the sky blue?"])
     options = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False}
+    hf_logging.set_verbosity_warning()  # a command in another test may have silenced it
     logging.getLogger("transformers").propagate = True  # so that caplog sees it
     hf_logging.get_logger().warning_once.__func__.cache_clear()
     try:
