@@ -1,14 +1,14 @@
 """Which drafter wins on which kind of text? Tables for docs/drafters.md from finished runs.
 
     specbeam compare experiment=speculation prompt_set.path=question.jsonl prompt_set.per_category=5 output_dir=RUN
-    python benchmarks/drafters.py RUN [RUN …] > docs/drafters.md
+    python benchmarks/drafters.py RUN [RUN …]
 
-Speed-up: decode seconds a token of plain greedy decoding over the method's, in the same run. Predicted: the tokens a
-round that acceptance α (each depth accepted with the same probability, given those before it) gives at draft length γ,
-(1 - α^(γ+1)) / (1 - α), over what drafting and verifying cost in plain steps, by the run's own seconds (DESIGN §7). For
-chains of one length at batch 1 that is the formula as it stands. ≈ marks an estimate: γ is then the mean depth of what
-was proposed (trees, adaptive lengths, look-ups), and in a batch, which runs until its longest answer ends, all rows are
-taken to accept alike.
+Speed-up: decode seconds a token of plain greedy decoding over the method's, in the same run. In brackets, predicted:
+the tokens a round that acceptance α (each depth accepted with the same probability, given those before it) gives at
+draft length γ, (1 - α^(γ+1)) / (1 - α), over what drafting and verifying cost in plain steps, by the run's own seconds
+(DESIGN §7). For chains of one length at batch 1 that is the formula as it stands. ≈ marks an estimate: γ is then the
+mean depth of what was proposed (trees, adaptive lengths, look-ups), and in a batch, which runs until its longest answer
+ends, all rows are taken to accept alike.
 """
 
 from __future__ import annotations
@@ -71,22 +71,33 @@ def table(folder: Path) -> str:
         group = GROUPS.get(row["category"], "mt-bench")
         by[row["method"]][group].append(row)
         by[row["method"]]["all"].append(row)
-    # A batch holds prompts of several kinds, and its seconds belong to all of them.
-    wanted = ("mt-bench", *GROUPS.values(), "all") if batch == 1 else ("all",)
-    groups = [g for g in wanted if by["greedy"].get(g)]
-    lines = [f"### Batch {batch}", "", "| method | " + " | ".join(groups) + " | predicted | mean accepted length |",
-             "|---" + "|--:" * (len(groups) + 2) + "|"]
+    of_batch: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        of_batch[row["batch_id"]].add(GROUPS.get(row["category"], "mt-bench"))
+    apart = all(len(groups) == 1 for groups in of_batch.values())  # else a batch's seconds belong to several groups
+    groups = [g for g in (("mt-bench", *GROUPS.values(), "all") if apart else ("all",)) if by["greedy"].get(g)]
+    lines = [f"### Batch {batch}", "", "| method | " + " | ".join(groups) + " | mean accepted length |",
+             "|---" + "|--:" * (len(groups) + 1) + "|"]
+    measured = {method: {g: seconds_per_token(by["greedy"][g]) / seconds_per_token(found[g])
+                         for g in groups if found.get(g)} for method, found in by.items()}
+    best = {g: max(measured[method].get(g, 0) for method in measured if not method.startswith("transformers"))
+            for g in groups}
     for method, found in by.items():
         if method == "greedy":
             continue
-        cells = [f"{seconds_per_token(by['greedy'][g]) / seconds_per_token(found[g]):.2f}" if found.get(g) else "–"
-                 for g in groups]
         as_it_stands = batch == 1 and (method.removeprefix("draft_").isdigit() or method == "transformers_assisted")
-        guess = None if method == "transformers_greedy" else predicted(found["all"], by["greedy"]["all"])
-        said = "–" if guess is None else f"{'' if as_it_stands else '≈ '}{guess:.2f}"
+        cells = []
+        for g in groups:
+            if g not in measured[method]:
+                cells.append("–")
+                continue
+            cell = f"{measured[method][g]:.2f}"
+            cell = f"**{cell}**" if measured[method][g] == best[g] else cell
+            guess = None if method == "transformers_greedy" else predicted(found[g], by["greedy"][g])
+            cells.append(cell + ("" if guess is None else f" ({'' if as_it_stands else '≈'}{guess:.2f})"))
         rounds = sum(row["rounds"] for row in found["all"])
         length = sum(row["new_tokens"] - row["first_tokens"] for row in found["all"]) / max(rounds, 1)
-        lines.append(f"| {method} | " + " | ".join(cells) + f" | {said} | {length:.2f} |")
+        lines.append(f"| {method} | " + " | ".join(cells) + f" | {length:.2f} |")
     return "\n".join(lines) + "\n"
 
 

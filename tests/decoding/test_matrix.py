@@ -54,7 +54,14 @@ DRAFTERS: dict[str, dict[str, Any]] = {
     "tli": {"vocabulary": "tli"},
     "tli, tree": {"vocabulary": "tli", "branching": [3, 2, 1]},
     "slem": {"vocabulary": "slem"},
+    "auto": {"draft_length": "auto"},
+    "auto, suffix": {"drafter": "suffix", "draft_length": "auto"},
+    "auto, early_exit": {"drafter": "early_exit", "exit_layer": 2, "draft_length": "auto"},
+    "auto, combined": {"drafter": "combined", "min_match": 2, "draft_length": "auto"},
 }
+# Under these, auto stops early at times, and the same rows do in any batch.
+COSTS = {"prices": {"draft": 0.12, "token": 0.12, "rate": 1.0}, "tried": [20] * 10,
+         "kept": [2, 4, 6, 8, 10, 12, 14, 16, 18, 19], "usual": 0.5}
 TREES = {"fixed tree", "grown tree", "prompt_lookup, branches", "suffix, corpus tree", "token_recycling",
          "early_exit, tree", "combined", "combined, tree", "tli, tree"}
 RULES = [(name, "rejection") for name in DRAFTERS] + [(name, "block") for name in DRAFTERS if name not in TREES]
@@ -108,6 +115,10 @@ def speculate(tmp_path_factory: pytest.TempPathFactory):
         own = dict(DRAFTERS[name])
         if "corpus" in own:
             own["corpus"] = corpus(str(tmp_path_factory.getbasetemp()))
+        if own.get("draft_length") == "auto":
+            costs = tmp_path_factory.getbasetemp() / "costs.json"
+            costs.write_text(json.dumps(COSTS))
+            own["costs"] = str(costs)
         if "vocabulary" in own:
             own |= {"draft": other_draft(), "tokenizer": MINE, "draft_tokenizer": ITS}
         alone = own.get("drafter") in ("prompt_lookup", "suffix", "token_recycling", "early_exit")

@@ -168,13 +168,13 @@ def test_a_sampled_row_is_the_same_in_any_batch(shape):
 
 # `costs` freezes what auto decides by.
 
-PAYS = {"plain": [1.0], "round": [1.5], "tokens": [2.0] * 5, "draft": [0.1], "verify": {"1": [1.0], "4": [1.3] * 3},
-        "tried": [0] * 10, "kept": [0] * 10}
+PAYS = {"prices": {"draft": 0.1, "token": 0.1, "rate": 1.33}, "tried": [0] * 10, "kept": [0] * 10, "usual": 0.5}
 
 
 def test_with_costs_a_sampled_run_of_auto_is_repeatable_token_for_token_in_any_batch(tmp_path):
     target, draft, file = model("qwen2", seed=3), good_draft("qwen2", seed=3), tmp_path / "costs.json"
-    file.write_text(json.dumps(PAYS | {"tried": [20] * 10, "kept": [9, 11, 13, 15, 17, 18, 18, 19, 19, 20]}))
+    kept = [9, 11, 13, 15, 17, 18, 18, 19, 19, 20]
+    file.write_text(json.dumps(PAYS | {"tried": [20] * 10, "kept": kept, "usual": 0.8}))
     options = {"draft_length": "auto", "temperature": 0.6, "max_new_tokens": 40, "costs": str(file)}
     first = speculative_generate(target, draft, ROWS, seed=[1, 2, 3, 4], **options)
     again = speculative_generate(target, draft, ROWS, seed=[1, 2, 3, 4], **options)

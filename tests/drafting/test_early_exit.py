@@ -12,7 +12,7 @@ from tiny import NAMES, prompts, tiny_draft, tiny_model
 
 from specbeam.decoding.greedy import greedy_generate
 from specbeam.decoding.speculative import speculative_generate
-from specbeam.drafting.early_exit import exit_early
+from specbeam.drafting.early_exit import EarlyExit, FirstLayers, exit_early
 from specbeam.errors import InputError
 
 IDS = torch.tensor([[5, 9, 3, 12, 7]])
@@ -83,6 +83,75 @@ def test_layers_that_do_little_are_skipped_at_no_loss():
     assert out.tokens == greedy_generate(target, prompts((5, 8)), **options).tokens
     assert all(len(row.rounds) < 25 for row in out.trace)
     assert {r.drafter for row in out.trace for r in row.rounds} <= {"early_exit", "plain"}
+
+
+SHAPES: dict[str, dict] = {"chain": {"draft_length": 3}, "auto": {"draft_length": "auto"},
+                           "fixed tree": {"branching": [2, 2, 1]}, "grown tree": {"draft_length": 3, "tree_nodes": 6}}
+
+
+def soiled(monkeypatch, dirt: float) -> list[int]:
+    """What the draft writes is overwritten with dirt before the target verifies; how many slots, proposal by
+    proposal."""
+    wrote: list[int] = []
+    propose = EarlyExit.propose
+
+    def soiling(self, sequences, limits, length):
+        before = self.tips.visible.clone()
+        proposal = propose(self, sequences, limits, length)
+        wide = self.nodes.visible.shape[2]
+        mine = self.nodes.visible.any(1) & ~torch.nn.functional.pad(before, (0, wide - before.shape[2])).any(1)
+        cache = self.tree.tree.cache
+        for layer in cache.layers[: len(self.short.model.get_decoder().layers)]:
+            for kept in (layer.keys, layer.values):
+                kept[:, :, :wide].masked_fill_(mine[:, None, :, None], dirt)
+        wrote.append(int(mine.sum()))
+        return proposal
+
+    monkeypatch.setattr(EarlyExit, "propose", soiling)
+    return wrote
+
+
+@pytest.mark.parametrize("family", ("llama", "gemma3", "mistral-window"))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_verifying_forward_writes_over_what_the_draft_wrote_and_never_reads_it(family, shape, monkeypatch):
+    """A chain is overwritten whole, so that even NaN does no harm; of a tree more is read than verified, and what is
+    left lies where nobody looks."""
+    target, options = tiny_model(family), {"max_new_tokens": 30, "eos_token_id": None}
+    plain = greedy_generate(target, prompts((5, 8, 13)), **options).tokens
+    wrote = soiled(monkeypatch, 1e4 if "tree" in shape else float("nan"))
+    out = speculative_generate(target, None, prompts((5, 8, 13)), drafter="early_exit", exit_layer=2, **SHAPES[shape],
+                               **options)
+    assert out.tokens == plain and sum(wrote) > 5
+
+
+def test_the_dirt_is_seen_where_it_lies_before_the_tip(monkeypatch):
+    """The negative control of the test above."""
+    target, options = tiny_model("llama"), {"max_new_tokens": 30, "eos_token_id": None}
+    plain = greedy_generate(target, prompts((5, 8)), **options).tokens
+    propose = EarlyExit.propose
+
+    def soiling(self, sequences, limits, length):
+        proposal = propose(self, sequences, limits, length)
+        self.tree.tree.cache.layers[0].keys[:, :, 2] = 1e4
+        return proposal
+
+    monkeypatch.setattr(EarlyExit, "propose", soiling)
+    assert speculative_generate(target, None, prompts((5, 8)), drafter="early_exit", **options).tokens != plain
+
+
+def test_the_draft_reads_no_prompt_and_no_token_twice(monkeypatch):
+    target, read = tiny_model("llama"), []
+    extend = FirstLayers.extend
+    monkeypatch.setattr(FirstLayers, "extend", lambda self, tips, block, last_only=False: (
+        read.append(block.tokens.shape[1]), extend(self, tips, block, last_only))[1])
+    speculative_generate(target, None, prompts((40, 60)), drafter="early_exit", max_new_tokens=20, eos_token_id=None)
+    assert set(read) == {1}
+
+
+def test_rows_that_join_a_running_batch_draft_in_its_slots_too():
+    target, options = tiny_model("llama"), {"max_new_tokens": 12, "eos_token_id": None}
+    out = speculative_generate(target, None, prompts((5, 8, 6, 11)), drafter="early_exit", batch_size=2, **options)
+    assert out.tokens == greedy_generate(target, prompts((5, 8, 6, 11)), **options).tokens
 
 
 @pytest.mark.parametrize(("layer", "words"), [

@@ -56,6 +56,25 @@ def test_columns_without_a_figure_are_left_out(summary):
     assert "BLEU" not in printed(summary)
 
 
+@pytest.mark.parametrize("width", [120, 101])
+def test_several_speculative_methods_are_compared_in_a_table_of_their_own(summary, width):
+    """Acceptance by position and where time goes; the table of all methods is no wider for it."""
+    once = printed(summary, width)
+    assert "accepted by position" not in once
+    figures = summary["methods"]["speculative"]
+    summary["methods"]["other"] = figures | {"acceptance_by_position": [0.5, 0.25, *[0.1] * 20]}
+    text = printed(summary, width)
+    assert "…" not in text and max(map(len, text.splitlines())) <= width
+    lines = text.splitlines()
+    start = next(place for place, line in enumerate(lines) if "accepted by position, %" in line)
+    ours, other = (next(line for line in lines[start:] if line.startswith(name)) for name in ("speculative", "other"))
+    assert ours.split()[1] == f"{100 * figures['acceptance_by_position'][0]:.0f}"
+    assert other.split()[1:9] == ["50", "25", *["10"] * 6], "eight positions at most"
+    shares = [figures["draft_share"], figures["verify_share"], figures["accept_share"]]
+    assert ours.split()[-4:-1] == [f"{100 * (share or 0):.0f}" for share in shares]
+    assert not any(line.startswith("greedy") for line in lines[start:])
+
+
 def test_the_answer_is_a_use_a_tie_or_nothing(summary):
     methods = summary["methods"]
     assert answers(summary)[0].startswith("Use speculative: ")

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from specbeam import acceptance as rules
 from specbeam.decoding.request import Request, settle
 from specbeam.decoding.rows import Batch
-from specbeam.drafting import Proposal, Settings, make_drafter
+from specbeam.drafting import Drafter, Proposal, Settings, make_drafter
 from specbeam.drafting.length import Length
 from specbeam.engine.support import adapt, check_lengths, evaluating
 from specbeam.engine.tree import Block, branches, chain, read_prompts
@@ -83,7 +83,16 @@ def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
     if draft is not None:
         adapt(draft)  # a first probe is not part of anyone's prefill
     batch, capacity = Batch(request, target), max(lengths) + max(room) + settings.most_nodes
-    length = Length(settings, target, draft, len(batch.live))
+    length = Length(settings, target, draft, len(batch.live), 0 if batch.waiting else min(room), max(lengths))
+    drafter: Drafter | None = None  # as long as it does not pay: then nothing is read for it
+
+    def drafter_of(rows: Sequence[int]) -> Drafter:
+        """One that has read these rows so far."""
+        states = [batch.rows[row] for row in rows]
+        part = [replace(request.rows[row], prompt=state.sequence, max_new_tokens=state.remaining)
+                for row, state in zip(rows, states, strict=True)]
+        return make_drafter(settings, target, draft, replace(request, rows=part), vocabulary)
+
     shape = None
     if settings.recordable:
         shape = shape_of(adapter, [row.processors for row in request.rows], bool(request.config.do_sample))
@@ -91,9 +100,10 @@ def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
     while True:
         if new:
             fresh, its, logits = read_prompts(adapter, [request.rows[row].prompt for row in new], capacity)
-            part = replace(request, rows=[request.rows[row] for row in new])
-            theirs = make_drafter(settings, target, draft, part, logits.shape[-1])
-            theirs.observe([row.prompt[-1:] for row in part.rows], logits)
+            vocabulary, theirs = logits.shape[-1], None
+            if drafter is not None or (len(new) == len(batch.live) and not length.idle):
+                theirs = drafter_of(new)
+                theirs.observe([request.rows[row].prompt[-1:] for row in new], logits)
             _, first = _choose(request, batch, new, logits, None, settings.acceptance)
             for row, token in zip(new, first, strict=True):
                 batch.commit(row, [token], ["plain"])
@@ -106,7 +116,8 @@ def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
                     tips = tree.tips([len(batch.rows[row].sequence) - 1 for row in batch.live[: -len(new)]])
                     chains.forget()
                 tips = tree.join(tips, fresh, its)
-                drafter.join(theirs)
+                if drafter is not None:
+                    drafter.join(theirs)
         start, stay = batch.clock.mark(), batch.retire()
         new = batch.admit()
         if not batch.live:
@@ -117,16 +128,21 @@ def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
                 tips = tips.rows(kept)
             else:
                 chains.forget()
-            drafter.keep_rows(stay)
+            if drafter is not None:
+                drafter.keep_rows(stay)
         if new:
             continue
         length.keep_rows(batch.live)
         states = [batch.rows[row] for row in batch.live]
         # The last token of an answer is never worth a proposal behind it.
         limits = length.limits([min(settings.depth, state.remaining - 1) for state in states])
+        if max(limits):
+            drafter = drafter or drafter_of(batch.live)
+            if chains is None and hasattr(drafter, "stand"):
+                drafter.stand(tree, tips)
         if chains is None:
             proposal = None
-            if max(limits):
+            if drafter is not None and max(limits):
                 proposal = drafter.propose([state.sequence for state in states], limits, length)
                 proposal = length.trim(proposal)
             drafted = batch.clock.mark()
@@ -135,7 +151,8 @@ def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
             logits, nodes = tree.extend(tips, block)
             verified, width = batch.clock.mark(), block.tokens.shape[1]
             paths, following = _choose(request, batch, batch.live, logits, proposal, settings.acceptance)
-            tips = nodes.pick(torch.tensor([[path[-1] + 1 if path else 0] for path in paths], device=tree.device))
+            tips = nodes if proposal is None else nodes.pick(
+                torch.tensor([[path[-1] + 1 if path else 0] for path in paths], device=tree.device))
         else:
             drafted, verified, width, proposal, paths, following = _recorded(
                 batch, chains, drafter, limits, length, settings.acceptance)
@@ -158,6 +175,8 @@ def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
             spans = [(start, drafted), (drafted, verified), (start, end)]
             length.round_done(proposal, paths, became, [batch.clock.seconds(*span) for span in spans],
                               width)
+        if drafter is None:
+            continue
         if proposal is not None:
             drafter.accept(paths)
         if chains is None:

@@ -7,6 +7,7 @@ A drafter serves one batch and knows neither the target nor how its proposals ar
     accept(paths)                                   which of the last proposals became text
     observe(tokens, logits)                         what the target read and answered (token recycling learns from it)
     keep_rows(rows)                                 go on with these rows only
+    stand(tree, tips)                               before `propose`, if it has this: the target's slots, to draft in
 """
 
 from __future__ import annotations

@@ -1,14 +1,17 @@
 """How long a proposal is: fixed, until the draft loses confidence, or as long as it pays.
 
-`auto` compares seconds with tokens. With r the tokens per second and row that this batch reaches now, one more token
-of every row is proposed if, summed over the rows,
+`auto` counts in plain rounds. With r the tokens per plain round and row that this batch reaches now, one more token of
+every row is proposed if, summed over the rows,
 
-    P(all before it accepted) · P(it is accepted | the draft's confidence) ≥ rows · r · (seconds that it adds)
+    P(all before it accepted) · P(it is accepted | the draft's confidence) ≥ rows · r · (plain rounds that it costs)
 
-where the probabilities come from what was accepted at that confidence of late, and the seconds are measured: a token
-more in one row is a column more in everybody's forward. Whether to propose at all is a matter of credit, in plain
-rounds: each round with proposals adds the tokens it brought and takes what it cost. At 0 the batch decodes plainly for
-4 rounds and tries again; each try that fails doubles the pause, up to 128 rounds, each that pays begins anew with 4.
+where the probabilities come from what was accepted of late (at that confidence, once the draft has read so far; of all
+tokens, before it has), and the costs are measured: a token more in one row is a column more in everybody's forward.
+
+Whether to draft at all is a matter of credit: each round with proposals adds the tokens that it brought and takes what
+it cost. At 0 the batch decodes plainly for 4 rounds and tries again; each try that fails doubles the pause, up to
+64 rounds, each that pays begins anew with 4. A pause that would end within an answer ends at its beginning, where the
+draft reads the prompt outside decoding; in an answer that begins within a pause, it reads nothing until it is needed.
 What was learned stays with the pair of models, from prompt to prompt; `costs` freezes it in a file.
 
 The confidence is the draft's largest probability *before* anything is drawn: to stop or not is a function of the
@@ -20,9 +23,8 @@ from __future__ import annotations
 import json
 from collections import defaultdict, deque
 from collections.abc import Sequence
-from copy import deepcopy
-from dataclasses import dataclass, field, replace
-from itertools import chain
+from dataclasses import asdict, dataclass, field, replace
+from math import isfinite, log, sqrt
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,18 +34,31 @@ from specbeam.drafting import Proposal, Settings
 from specbeam.errors import InputError
 from specbeam.placement import agreed
 
-_BUCKETS = 10
-_MEMORY = 0.99  # of what was accepted, per round: texts change
-_MOST_CREDIT = 4.0  # plain rounds: what a text that has begun to go badly may cost
-_TRY = 0.25  # credit of a try
-_LONGEST_WAIT = 128
-_ENOUGH = 3  # measurements of longer forwards: the first may be slow
-_CHECK = 64  # rounds with proposals until a plain one is measured again
 UNKNOWN = 0.5  # the confidence of drafters that have none: they are judged by what was accepted so far
+_BUCKETS = 10
+_MEMORY = 0.995  # of what was accepted, per round: texts change
+_LATELY = 1 / 12  # weight of the newest token in the usual acceptance
+_MOST_CREDIT = 2.0  # plain rounds of one row: what a text that has begun to go badly may cost
+_MOST_LOSS = 1.0  # that one round is charged with: it may have been slow for other reasons
+_TRY = 0.5  # credit of a try
+_SHORTEST_WAIT, _LONGEST_WAIT = 4, 64
+_ENOUGH = 3  # measurements of longer forwards: the first may be slow
+_CAUTIOUS = 2  # tokens that are proposed until then
+_CHECK = 64  # rounds with proposals until a plain one is measured again
 
 
 def _recent() -> deque[float]:
     return deque(maxlen=15)
+
+
+@dataclass(frozen=True)
+class Prices:
+    """In plain rounds: of a draft forward (or of looking up), and of one more token of every row in the target's
+    forward. rate: tokens per plain round and row, with proposals. What nobody knows is neither free nor dear."""
+
+    draft: float = 0.1
+    token: float = 0.05
+    rate: float = 1.0
 
 
 @dataclass
@@ -52,8 +67,9 @@ class Learned:
 
     tried: list[float] = field(default_factory=lambda: [0.0] * _BUCKETS)  # by confidence
     kept: list[float] = field(default_factory=lambda: [0.0] * _BUCKETS)
+    usual: float = UNKNOWN  # of late, of all tokens that the target judged
     credit: float = _MOST_CREDIT
-    wait: int = 4  # plain rounds before the next try
+    wait: int = _SHORTEST_WAIT  # plain rounds before the next try
     left: int = 0  # of them
 
     def acceptance(self, confidence: float) -> float:
@@ -65,96 +81,115 @@ class Learned:
         place = min(int(confidence * _BUCKETS), _BUCKETS - 1)
         self.tried[place] += 1
         self.kept[place] += accepted
+        self.usual += _LATELY * (accepted - self.usual)
 
-    def paid(self, net: float) -> None:
-        """A round with proposals brought `net` plain rounds more than it cost."""
-        self.credit = min(self.credit + net, _MOST_CREDIT)
-        if self.credit < 0:
-            self.left, self.credit = self.wait, _TRY
+    def paid(self, net: float, rows: int) -> None:
+        """A round with proposals brought `net` plain rounds more than it cost. Of many rows, less is luck."""
+        most = _MOST_CREDIT / rows**0.5
+        self.credit = min(self.credit + max(net, -_MOST_LOSS), most)
+        if self.credit <= 0:
+            self.left, self.credit = self.wait, _TRY / rows**0.5
             self.wait = min(2 * self.wait, _LONGEST_WAIT)
-        elif self.credit >= _MOST_CREDIT / 2:
-            self.wait = 4
+        elif self.credit >= most / 2:
+            self.wait = _SHORTEST_WAIT
 
 
 @dataclass
 class Costs:
-    """Measured seconds of one pair of models, one drafter and one number of rows."""
+    """Measured seconds of one pair of models, one drafter, one number of rows and one size of context."""
 
     plain: deque[float] = field(default_factory=_recent)  # seconds of a round without proposals
     round: deque[float] = field(default_factory=_recent)  # of one with
     tokens: deque[float] = field(default_factory=_recent)  # committed per row in one with
     draft: deque[float] = field(default_factory=_recent)  # seconds per draft forward, or of looking up
     verify: defaultdict[int, deque[float]] = field(default_factory=lambda: defaultdict(_recent))  # by new tokens
-    learned: Learned = field(default_factory=Learned)
     unchecked: int = 0  # rounds with proposals since the last without
+    guess: Prices = Prices()  # where nothing was measured: at first the prices of the nearest number of rows
 
     @property
-    def plain_rate(self) -> float:
-        return 1 / median(self.plain)
+    def longer(self) -> list[tuple[int, int, float]]:
+        """Of target forwards with proposals: more tokens than a plain one, how many were measured, more seconds."""
+        return [(new - 1, len(some), median(some) - median(self.verify[1])) for new, some in self.verify.items()
+                if new > 1]
 
     @property
-    def rate(self) -> float:
-        """Tokens per second and row with proposals."""
-        return sum(self.tokens) / len(self.tokens) / median(self.round) if self.tokens else self.plain_rate
+    def few(self) -> bool:
+        """Whether what a longer forward costs is not known yet."""
+        return sum(count for _, count, _ in self.longer) < _ENOUGH
 
-    @property
-    def per_token(self) -> float:
-        """Seconds that one more token of every row adds to the target's forward; 0 until that is known."""
-        few = min(self.verify)
-        first = median(self.verify[few])
-        each = [(s - first) / (new - few) for new, some in self.verify.items() if new > few for s in some]
-        return max(0.0, median(each)) if len(each) >= _ENOUGH else 0.0
-
-    def forget(self) -> None:
-        """The oldest measurements of drafting and of longer forwards: what no longer seems to pay is measured again."""
-        for some in (self.draft, *(self.verify[new] for new in sorted(self.verify)[1:])):
-            for _ in range(min(len(some), 2)):
-                some.popleft()
-        for new in [new for new, some in self.verify.items() if not some]:
-            del self.verify[new]
+    def prices(self) -> Prices:
+        """What was measured, and the guess where nothing was."""
+        plain, draft, token, rate = median(self.plain), self.guess.draft, self.guess.token, self.guess.rate
+        if self.draft:
+            draft = median(self.draft) / plain
+        if not self.few:  # a line through the plain forward
+            more = self.longer
+            token = max(0.0, sum(x * n * y for x, n, y in more) / sum(x * x * n for x, n, _ in more) / plain)
+        if self.round:
+            rate = sum(self.tokens) / sum(self.round) * plain
+        return Prices(draft, token, rate)
 
     def usual(self, steps: int, new: int) -> float:
-        """Seconds of a round with so many draft steps and new tokens, as they mostly are."""
+        """Plain rounds that one with so many draft steps and new tokens takes, as they mostly do."""
         draft = steps * median(self.draft) if steps else 0.0
-        return median(self.plain) + draft + median(self.verify[new]) - median(self.verify[min(self.verify)])
+        return 1 + (draft + median(self.verify[new]) - median(self.verify[1])) / median(self.plain)
+
+    def forget(self) -> None:
+        """The oldest measurements of longer forwards: what seems to be too dear is measured again some day."""
+        for new, some in list(self.verify.items()):
+            if new > 1:
+                some.popleft()
+                if not some:
+                    del self.verify[new]
 
 
-_known: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict[tuple, Costs]]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict[tuple, Any]]] = WeakKeyDictionary()
 
 
-def _of_pair(settings: Settings, target: Any, draft: Any) -> tuple[dict[tuple, Costs], tuple]:
-    """What is known of these models, and this drafter's key in it, to which the number of rows is added."""
+def _of_pair(settings: Settings, target: Any, draft: Any) -> tuple[Learned, dict[tuple[int, int], Costs]]:
+    """What is known of these models with this drafter: of acceptance, and of costs by rows and size of context."""
     known = _known.setdefault(target, WeakKeyDictionary()).setdefault(target if draft is None else draft, {})
-    return known, (settings.drafter, settings.vocabulary, settings.exit_layer, settings.branches, settings.corpus,
-                   settings.temperature > 0)
+    return known.setdefault((settings.drafter, settings.vocabulary, settings.exit_layer, settings.branches,
+                             settings.corpus, settings.temperature > 0), (Learned(), {}))
 
 
 class Length:
     """Decides for one batch. All methods number rows among the live ones."""
 
-    def __init__(self, settings: Settings, target: Any, draft: Any, rows: int):
+    def __init__(self, settings: Settings, target: Any, draft: Any, rows: int, room: int = 0, context: int = 0):
+        """room: how many tokens an answer may have; 0: other prompts take the places of rows that end. context: of the
+        longest prompt; seconds that were measured at half of it, or twice, say little."""
+        self.room, self.size, self.target = room, (context // 256).bit_length(), target
         self.auto = settings.draft_length == "auto"
         self.threshold = settings.confidence_threshold
         self.fixed = not self.auto and not self.threshold
-        self.settings, self.models = settings, (target, draft)
-        self.frozen = read_costs(settings.costs) if settings.costs else None
+        self.settings, self.looks_up = settings, draft is None
         self.reach = [1.0] * rows  # P(all proposed so far accepted), of the running round
         self.why = [""] * rows
-        self.costs = self._costs(rows)
+        self.prices, self.frozen = Prices(), bool(settings.costs)
+        if settings.costs:
+            self.learned, self.prices = read_costs(settings.costs)
+        elif self.auto:
+            self.learned, self.known = _of_pair(settings, target, draft)
+            self.keep_rows(range(rows))
+            if self.learned.left <= room:
+                self.learned.left = 0
 
-    def _costs(self, rows: int) -> Costs:
-        """What is known for so many rows; for a new number, what the nearest one's longer forwards took."""
-        if self.frozen is not None:
-            return self.frozen
-        known, key = _of_pair(self.settings, *self.models)
-        if (*key, rows) not in known:
-            near = min((other for other in known if other[:-1] == key), key=lambda other: abs(other[-1] - rows),
-                       default=None)
-            costs = Costs() if near is None else deepcopy(known[near])
-            costs.plain.clear()  # the yardstick
-            costs.verify.pop(1, None)
-            known[(*key, rows)] = costs if near is None else replace(costs, learned=known[near].learned)
-        return known[(*key, rows)]
+    @property
+    def idle(self) -> bool:
+        """Whether nothing will be drafted for a while."""
+        return self.auto and (self.prices.rate < 1 if self.frozen else self.learned.left > 0)
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Go on with so many rows. For a new number, the nearest one's prices are a first guess."""
+        if not self.auto or self.frozen:
+            return
+        key = (len(rows), self.size)
+        if key not in self.known:
+            near = min((other for other, costs in self.known.items() if costs.plain), default=None,
+                       key=lambda other: (abs(other[0] - key[0]), abs(other[1] - key[1])))
+            self.known[key] = Costs(guess=self.known[near].prices() if near else Prices())
+        self.costs = self.known[key]
 
     def limits(self, most: Sequence[int]) -> list[int]:
         """How deep each row may propose in this round; 0: decode plainly."""
@@ -162,16 +197,16 @@ class Length:
                                                   for n in most]
         if not self.auto:
             return list(most)
-        costs, learned = self.costs, self.costs.learned
-        if self.frozen is None and (len(costs.plain) < 2 or costs.unchecked >= _CHECK):
+        if not self.frozen and (len(self.costs.plain) < 2 or self.costs.unchecked >= _CHECK):
             self.why = ["measuring plain"] * len(most)
-            costs.forget()
-        elif learned.left or (self.frozen is not None and costs.rate < costs.plain_rate):
+        elif self.idle:
             self.why = ["does not pay"] * len(most)
-            learned.left = max(learned.left - 1, 0)
-            if self.frozen is None and not learned.left:
-                costs.forget()
+            self.learned.left -= not self.frozen
         else:
+            if not self.frozen:
+                self.prices = self.costs.prices()
+                if self.costs.few:
+                    return [min(_CAUTIOUS, n) for n in most]
             return list(most)
         return [0] * len(most)
 
@@ -184,26 +219,24 @@ class Length:
             self._stop(set(rows) - kept, "confidence")
         elif self.auto:
             for row in rows:
-                self.reach[row] *= self.costs.learned.acceptance(confidence[row])
-            kept = self._worth({row: self.reach[row] for row in rows}, self.costs.per_token)
+                self.reach[row] *= self.learned.acceptance(confidence[row])
+            kept = self._worth({row: self.reach[row] for row in rows}, self.prices.token)
         else:
             return list(wanted)
         return [row in kept for row in range(len(wanted))]
 
     def reads_on(self, wanted: Sequence[bool]) -> list[bool]:
         """Which of the `wanted` rows another draft forward is worth its time for, before its outcome is known."""
-        if not self.auto or not self.costs.draft:
+        if not self.auto:
             return list(wanted)
-        learned = self.costs.learned
-        usual = (sum(learned.kept) + 1) / (sum(learned.tried) + 2)
-        kept = self._worth({row: self.reach[row] * usual for row, here in enumerate(wanted) if here},
-                           self.costs.per_token + median(self.costs.draft))
+        kept = self._worth({row: self.reach[row] * self.learned.usual for row, here in enumerate(wanted) if here},
+                           self.prices.token + self.prices.draft)
         return [row in kept for row in range(len(wanted))]
 
-    def _worth(self, gains: dict[int, float], seconds: float) -> set[int]:
-        """The rows for which one more token, of which gains[row] will be accepted, is worth these seconds of all."""
-        least = max(self.costs.plain_rate, self.costs.rate) * seconds
-        if self.frozen is not None:  # every row by itself: the same in any batch
+    def _worth(self, gains: dict[int, float], cost: float) -> set[int]:
+        """The rows for which one more token, of which gains[row] will be accepted, is worth what it costs all."""
+        least = max(1.0, self.prices.rate) * cost
+        if self.frozen:  # every row by itself: the same in any batch
             kept = {row for row, gain in gains.items() if gain >= least}
         else:
             kept = set(gains) if sum(gains.values()) >= least * len(self.why) else set()
@@ -224,14 +257,14 @@ class Length:
             chances.append([])
             for confidence, parent in zip(sure, above, strict=True):
                 before = chances[row][parent] if parent >= 0 else 1.0
-                chances[row].append(before * self.costs.learned.acceptance(confidence))
+                chances[row].append(before * self.learned.acceptance(confidence))
         # Best first: never above its parent's, so that the first few are always a tree.
         best = [sorted(range(len(row)), key=row.__getitem__, reverse=True) for row in chances]
         kept: list[list[int]] = [[] for _ in best]
         rows = set(range(len(best)))
         for column in range(max(map(len, best))):
             rows = self._worth({row: chances[row][best[row][column]] for row in rows if column < len(best[row])},
-                               self.costs.per_token)
+                               self.prices.token)
             for row in rows:
                 kept[row].append(best[row][column])
         tokens, parents = [], []
@@ -245,72 +278,69 @@ class Length:
                    seconds: Sequence[float], new: int) -> None:
         """Learn from a round. seconds: of drafting, of the target's forward, of the whole round; new: the longest
         row's tokens in the target's forward."""
-        costs, learned = self.costs, self.costs.learned
-        if not self.auto or self.frozen is not None:
+        if not self.auto or self.frozen:
             return
-        draft, verify, whole = agreed(seconds, self.models[0])
+        costs, learned = self.costs, self.learned
+        draft, verify, whole = agreed(seconds, self.target)
         costs.verify[new].append(verify)
-        learned.tried, learned.kept = ([_MEMORY * n for n in counts] for counts in (learned.tried, learned.kept))
         if proposal is None:
             costs.plain.append(whole)
             costs.unchecked = 0
             return
         costs.unchecked += 1
-        steps = proposal.forwards or int(self.models[1] is None)  # looking something up is a step too
+        steps = proposal.forwards or int(self.looks_up)  # looking something up is a step too
         if steps:
             costs.draft.append(draft / steps)
-        tokens = sum(committed) / len(committed)
-        if any(proposal.tokens):
-            costs.round.append(whole)
-            costs.tokens.append(tokens)
+        learned.tried, learned.kept = ([_MEMORY * n for n in counts] for counts in (learned.tried, learned.kept))
         for row, ids in enumerate(proposal.tokens):
             sure = proposal.confidence[row] if proposal.confidence else [UNKNOWN] * len(ids)
             for depth, confidence in enumerate(sure[: len(paths[row]) + 1]):
                 learned.learn(confidence, depth < len(paths[row]))
-        if costs.plain:
-            learned.paid(tokens - costs.usual(steps, new) * costs.plain_rate)
+        tokens = sum(committed) / len(committed)
+        if any(proposal.tokens):
+            costs.round.append(whole)
+            costs.tokens.append(tokens)
+        elif learned.credit == _TRY / len(committed) ** 0.5:  # a try that was declined
+            costs.forget()
+        if not costs.plain:
+            return
+        if self.room:
+            # A batch ends with its last row, which is behind the others by luck: of n sums of as many terms as there
+            # are rounds, the least is some √(2 log n · rounds) deviations of a term below the mean. A row that ends
+            # before it saves its own share of a forward only.
+            spread = sqrt(sum((count - tokens) ** 2 for count in committed) / len(committed))
+            behind = spread * sqrt(2 * log(len(committed)) * tokens / self.room)
+            tokens -= (1 - min(1.0, self.prices.token)) * behind
+        learned.paid(tokens - costs.usual(steps, new), len(committed))
 
-    def keep_rows(self, rows: Sequence[int]) -> None:
-        self.costs = self._costs(len(rows))
 
-
-_LISTS = ("plain", "round", "tokens", "draft")
-
-
-def read_costs(path: str) -> Costs:
+def read_costs(path: str) -> tuple[Learned, Prices]:
     """Costs frozen by `write_costs`: with them, the same seed gives the same tokens, whatever the clock says and in
     whatever batch."""
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
-        costs = Costs(learned=Learned(data["tried"], data["kept"]))
-        for name in _LISTS:
-            getattr(costs, name).extend(float(x) for x in data[name])
-        for new, values in data["verify"].items():
-            costs.verify[int(new)].extend(float(x) for x in values)
-        measured = [*costs.plain, *costs.round, *costs.tokens, *costs.draft, *chain(*costs.verify.values())]
+        learned, prices = Learned(data["tried"], data["kept"], data["usual"]), Prices(**data["prices"])
         # Whatever is divided by or compared later is there, and is a number.
-        assert len(data["tried"]) == len(data["kept"]) == _BUCKETS and costs.plain and all(costs.verify.values())
-        assert costs.verify and bool(costs.round) == bool(costs.tokens)
-        assert all(0 < x < float("inf") for x in measured)
-        assert all(0 <= x < float("inf") for x in [*data["tried"], *data["kept"]])
+        assert len(learned.tried) == len(learned.kept) == _BUCKETS
+        assert all(x >= 0 and isfinite(x) for x in [*learned.tried, *learned.kept, learned.usual,
+                                                    *asdict(prices).values()])
     except OSError as error:
         raise InputError(f"costs file {path!r} cannot be read ({error.strerror}): give one written by "
                          "specbeam.drafting.length.write_costs.") from None
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
         raise InputError(f"costs file {path!r} is not one that specbeam.drafting.length.write_costs wrote.") from None
-    return costs
+    return learned, prices
 
 
 def write_costs(path: str, target: Any, draft: Any = None, rows: int = 1, **options: Any) -> None:
     """Freeze what `draft_length="auto"` has learned so far about this pair, at this batch size. options: those of
     `speculative_generate` that it learned with (drafter, temperature, …)."""
     settings = Settings(draft_length="auto", **options)
-    known, key = _of_pair(settings, target, draft)
-    costs = known.get((*key, rows))
-    if costs is None or not costs.plain:
+    learned, known = _of_pair(settings, target, draft)
+    costs = max((costs for (count, _), costs in known.items() if count == rows), key=lambda one: len(one.plain),
+                default=Costs())
+    if not costs.plain:
         raise InputError(f"nothing was learned yet for drafter={settings.drafter} with {rows} rows and these options: "
                          "generate with draft_length=\"auto\" first.")
-    Path(path).write_text(json.dumps({
-        **{name: list(getattr(costs, name)) for name in _LISTS}, "tried": costs.learned.tried,
-        "kept": costs.learned.kept, "verify": {str(new): list(values) for new, values in costs.verify.items()}},
-        indent=1), encoding="utf-8")
+    Path(path).write_text(json.dumps({"prices": asdict(costs.prices()), "tried": learned.tried,
+                                      "kept": learned.kept, "usual": learned.usual}, indent=1), encoding="utf-8")

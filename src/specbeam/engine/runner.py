@@ -27,6 +27,7 @@ class Runner:
     forward: Callable[..., Tensor]
     width: Callable[[int], int] = lambda slots: slots  # how many slots a forward looks at when it needs so many
     own_threads: bool = False  # beside torch's
+    lends: bool = False  # its slots also serve a model of the target's own first layers (drafting/early_exit.py)
     fuse: Callable[..., list[Tensor]] | None = None  # of one that records whole functions (runners/chains.py)
 
 
@@ -93,7 +94,7 @@ def _eager(adapter: Adapter, cache: SlotCache, tokens: Tensor, positions: Tensor
     return logits
 
 
-EAGER: Runner = Runner("eager", _open, _eager)
+EAGER: Runner = Runner("eager", _open, _eager, lends=True)
 
 
 def _mask(adapter: Adapter, visible: Tensor, near: Tensor | None) -> Tensor | dict[str, Tensor]:

@@ -146,9 +146,11 @@ class TokenTree:
         slots = torch.arange(self.cache.capacity, device=self.device)
         return Tips((slots < depth)[:, None], depth, contiguous=True)
 
-    def extend(self, tips: Tips, block: Block, last_only: bool = False) -> tuple[Tensor, Tips]:
+    def extend(self, tips: Tips, block: Block, last_only: bool = False, adapter: Adapter | None = None
+               ) -> tuple[Tensor, Tips]:
         """Run the block. Logits [rows, new, vocabulary] ([rows, 1, …] of each row's last node with `last_only`),
-        and the new nodes as tips [rows, new]. Slots that no tip in `tips` sees may be overwritten."""
+        and the new nodes as tips [rows, new]. Slots that no tip in `tips` sees may be overwritten. adapter: of a model
+        of this one's first layers, which then runs over their slots."""
         new = block.tokens.shape[1]
         slots, contiguous = self._free_slots(tips, new), tips.contiguous and block.chained
         if contiguous:  # a slot is its position, and a node sees all up to its own
@@ -171,7 +173,7 @@ class TokenTree:
             near = visible[..., :view] & (self.position_of[:, None, :view]
                                           > positions[..., None] - self.adapter.window)
         keep = (block.lengths - 1).clamp(min=0) if last_only and new > 1 else None
-        logits = forward(self.adapter, self.cache, block.tokens, legal, visible[..., :view], near, keep)
+        logits = forward(adapter or self.adapter, self.cache, block.tokens, legal, visible[..., :view], near, keep)
         return logits, Tips(visible, positions + 1, contiguous)
 
     def keep_rows(self, rows: Sequence[int]) -> Tensor:

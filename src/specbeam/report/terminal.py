@@ -9,10 +9,12 @@ from specbeam.report.answer import answers, interval, no_difference, rate, shown
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 # Kinds of the second baseline; those without it are our own engine's.
 PEER = "transformers_"
 FEW = 6  # units: the range of fewer holds the median less often than 95 times in 100
+POSITIONS = 8  # of a proposal
 Cell = Callable[[Mapping[str, Any]], str]
 
 
@@ -42,10 +44,37 @@ def print_table(summary: Mapping[str, Any], console: Console) -> None:
     if needed > console.width and not console.is_terminal:
         console.width = needed
     console.print(table)
+    if _several(methods):
+        console.print(_speculation_table(methods))
     for sentence in answers(summary):
         console.print(Text(sentence, style="bold"))
     for note in footnotes(summary):
         console.print(Text(f"· {note}", style="dim"))
+
+
+def _several(methods: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether a table of its own compares how they speculate."""
+    return sum(figures.get("kind") == "speculative" for figures in methods.values()) > 1
+
+
+def _speculation_table(methods: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Of each method that drafts: how often the first, second, … proposal of a round was accepted (of a tree: of each
+    depth), and where decode time goes."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    drafting = {label: figures for label, figures in methods.items() if figures.get("acceptance_by_position")}
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table.add_column("method", no_wrap=True, vertical="bottom")
+    table.add_column("accepted by position, %", no_wrap=True, vertical="bottom")
+    for heading in ("draft\n%", "verify\n%", "accept\n%", "rest\n%"):
+        table.add_column(heading, justify="right", no_wrap=True, vertical="bottom")
+    for label, figures in drafting.items():
+        rates = " ".join(f"{100 * rate:3.0f}" for rate in figures["acceptance_by_position"][:POSITIONS])
+        shares = phase_shares(figures) or (None,) * 4
+        table.add_row(Text(label), rates, *("–" if share is None else f"{100 * share:.0f}" for share in shares))
+    return table
 
 
 def speedup_over(figures: Mapping[str, Any], peer: bool, methods: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -168,7 +197,7 @@ def _columns(methods: Mapping[str, Mapping[str, Any]], intervals: bool, level: i
         gap, distinct = figures.get("beam_gap"), figures.get("beam_distinct_2")
         return "–" if gap is None else f"{gap:.3f}" + (f"/{distinct:.0%}" if distinct is not None else "")
 
-    drafts = level > 1 and any(figures.get("draft_share") for figures in methods.values())
+    drafts = level > 1 and not _several(methods) and any(figures.get("draft_share") for figures in methods.values())
     failures = any(figures.get("failed") for figures in methods.values())
     columns: list[tuple[str, Cell]] = [
         ("tokens\nper s", lambda figures: rate(figures) if figures.get("decode_tokens_per_second") else "–"),
