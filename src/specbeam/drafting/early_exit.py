@@ -5,9 +5,9 @@ Idea: a model that leaves early is a draft that needs no memory for weights. It 
 in a shallow copy of the target: every weight is the target's own tensor, and any decoder-only model can be cut.
 The draft writes into the target's own slots, behind the committed text, and the verifying forward writes over them: it
 sees the committed text and its own tokens only. So there is no prompt to read, and nothing to catch up with.
-Where it differs: the verifying forward computes the first layers again (a part of it could be saved). Runners that hold
-keys and values in the state of one model (openvino), or record its steps (graph, compile), cannot lend their slots: there
-the draft keeps its own.
+Where it differs: the verifying forward computes the first layers again (a part of it could be saved). Runners that
+hold keys and values in the state of one model (openvino), or record its steps (graph, compile), cannot lend slots:
+there the draft keeps its own.
 Checkpoints trained for it (facebook/layerskip-*) exit well; others are rarely understood half-way.
 """
 
