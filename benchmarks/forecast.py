@@ -2,10 +2,12 @@
 
     python benchmarks/forecast.py --dtype float32 --output forecast.json
 
-Of each batch size the forecast comes first (one greedy answer per prompt, one pass of the draft, short runs for the
-costs), then the real runs, plain and every draft length taking turns. Written as JSON: predicted and measured speed-up
-(geometric mean over prompts, or batches) and accepted tokens; where a row's accepted tokens differ, the smallest gap of
-the target's and of the draft's two best logits along its answer, which says how near a tie it was.
+Of each batch size: one greedy answer per prompt, one pass of the draft over them; then the real runs, plain and every
+draft length taking turns, and between them, `--turns` times, the short runs that the forecast's costs come from: what
+is held against each other has seen the same machine. Written as JSON: predicted and measured speed-up (geometric mean
+over prompts, or batches; measured: of each the median over repeats, with a 95 % interval over repeats) and accepted
+tokens; where a row's accepted tokens differ, the smallest gap of the target's and of the draft's two best logits along
+its answer, which says how near a tie it was; and what the short runs took beside the real ones.
 """
 
 from __future__ import annotations
@@ -14,9 +16,10 @@ import argparse
 import gc
 import json
 import math
+import time
 from collections import defaultdict
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean, median, stdev
 
 import torch
 
@@ -24,7 +27,15 @@ import specbeam
 from specbeam.engine.support import adapt
 from specbeam.experiment import records
 from specbeam.experiment.prompts import BUNDLED, read_prompts
-from specbeam.forecast import Answer, forced_chances, greedy_rounds, measure_costs, plain_seconds, speculative_seconds
+from specbeam.forecast import (
+    Answer,
+    costs_of,
+    forced_chances,
+    greedy_rounds,
+    plain_seconds,
+    speculative_seconds,
+    time_rounds,
+)
 from specbeam.metrics.likelihood import answer_logits
 
 
@@ -44,7 +55,8 @@ def main() -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--prompts", type=int, default=12)
     parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=6)
+    parser.add_argument("--turns", type=int, default=12, help="of the short runs, spread over the real ones")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
 
@@ -68,16 +80,22 @@ def main() -> None:
         everyone = [answer for batch in answers for answer in batch]
         forced = iter(forced_chances(target, draft, everyone, max(options.lengths), max_new_tokens=room))
         chances = [[next(forced) for _ in batch] for batch in answers]
-        costs = measure_costs(target, draft, everyone, options.lengths, size, 6, max_new_tokens=room)
-
-        seconds, traces = defaultdict(list), {}
-        for repeat in range(options.repeats):
-            for number, batch in enumerate(batches):
-                turns = (0, *options.lengths)
-                for length in turns[repeat % len(turns):] + turns[: repeat % len(turns)]:
-                    out = decode(batch, length)
-                    seconds[number, length].append(out.trace[0].decode_seconds)
-                    traces.setdefault((number, length), out)
+        seconds, traces, turns, short = defaultdict(list), {}, [], 0.0
+        jobs = [(repeat, number) for repeat in range(options.repeats) for number in range(len(batches))]
+        time_rounds(target, draft, everyone, options.lengths, size, max_new_tokens=room)  # warms up
+        for done, (repeat, number) in enumerate(jobs):
+            while len(turns) * len(jobs) <= done * options.turns and len(turns) < options.turns:
+                began = time.perf_counter()
+                turns.append(time_rounds(target, draft, everyone, options.lengths, size, len(turns) + 1,
+                                         max_new_tokens=room))
+                short += time.perf_counter() - began
+            methods = (0, *options.lengths)
+            for length in methods[repeat % len(methods):] + methods[: repeat % len(methods)]:
+                out = decode(batches[number], length)
+                seconds[number, length].append(out.trace[0].decode_seconds)
+                traces.setdefault((number, length), out)
+        costs = costs_of(turns, target, draft, everyone, options.lengths, size)
+        whole = sum(map(sum, seconds.values()))
         for length in options.lengths:
             predicted, measured, differences = [], [], []
             accepted = drafted = rounds = foretold = 0
@@ -103,10 +121,16 @@ def main() -> None:
                             "smallest_gap_of_target": smallest_gap(target, answer),
                             "smallest_gap_of_draft": smallest_gap(draft, answer)})
             gain, real_gain = math.exp(fmean(predicted)), math.exp(fmean(measured))
+            timed = [number for number in range(len(batches)) if all(seconds[number, 0])]
+            each = [fmean(math.log(seconds[number, 0][repeat] / seconds[number, length][repeat]) for number in timed)
+                    for repeat in range(options.repeats)]
+            within = 1.96 * stdev(each) / len(each) ** 0.5 if len(each) > 1 else math.nan
             lines.append({"dtype": options.dtype, "batch_size": size, "draft_length": length,
                           "predicted_speedup": round(gain, 4), "measured_speedup": round(real_gain, 4),
-                          "error": round(gain / real_gain - 1, 4), "predicted_accepted": foretold,
+                          "measured_within": round(within, 4), "error": round(gain / real_gain - 1, 4),
+                          "costs_within": round(costs.doubt, 4), "predicted_accepted": foretold,
                           "measured_accepted": accepted, "measured_drafted": drafted, "measured_rounds": rounds,
+                          "short_runs_seconds": round(short, 1), "real_runs_seconds": round(whole, 1),
                           "differences": differences})
             print(json.dumps({name: value for name, value in lines[-1].items() if name != "differences"}), flush=True)
     result = {

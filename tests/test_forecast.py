@@ -11,6 +11,7 @@ from specbeam import forecast, greedy_generate, sample_generate, speculative_gen
 from specbeam.forecast import (
     Answer,
     Costs,
+    costs_of,
     expected_rounds,
     forced_chances,
     greedy_rounds,
@@ -84,8 +85,8 @@ def test_a_pass_that_is_off_by_one_token_would_be_noticed(pair, monkeypatch):
     target, draft = pair
     answers = answered(target, prompts((7,), seed=3))
     honest = forced_chances(target, draft, answers, 4, max_new_tokens=ROOM)
-    wrong = mutated(forecast, "_agreement", "answer_logits(model, ids, len(answer.tokens))",
-                    "answer_logits(model, [*ids, 3], len(answer.tokens))")
+    wrong = mutated(forecast, "_agreement", "_forced_logits(model, ids, len(answer.tokens))",
+                    "_forced_logits(model, [*ids, 3], len(answer.tokens))")
     monkeypatch.setattr(forecast, "_agreement", wrong)
     shifted = forced_chances(target, draft, answers, 4, max_new_tokens=ROOM)
     assert greedy_rounds(answers, honest, 4)[0] != greedy_rounds(answers, shifted, 4)[0]
@@ -165,3 +166,30 @@ def test_costs_are_measured_for_every_length_and_number_of_rows(pair):
     assert drafting > 0 and verifying > 0 and drafting + verifying <= 3 * costs.table[1][3]
     lookup = measure_costs(target, None, answers, [7], rows=1, repeats=1, max_new_tokens=12, drafter="prompt_lookup")
     assert 7 in lookup.table[1], "a length that nothing was looked up for is measured by forwards"
+
+
+def test_a_machine_that_is_slow_for_a_while_does_not_change_what_a_round_costs_in_plain_steps(pair):
+    turn = {(1, 0): [(1.0, 0.0, .9)] * 20, (1, 2): [(1.5, .5, .9)] * 9 + [(30.0, .5, .9)]}
+    slow = {key: [tuple(2 * one for one in seconds) for seconds in found] for key, found in turn.items()}
+    target, draft = pair
+    costs = costs_of([turn, slow, turn], target, draft, [], [2])
+    assert costs.table[1] == pytest.approx({0: 1.0, 2: 1.5}), "one accident in ten rounds is left out as well"
+    assert costs.doubt == pytest.approx(0.0)
+    pooled = {key: turn[key] + slow[key][:1] for key in turn}  # what the same rounds would say without their turn
+    assert costs_of([pooled], target, draft, [], [2]).table[1][2] != pytest.approx(1.5)
+    dear = {**turn, (1, 2): [(1.8, .5, .9)] * 10}
+    assert 0.05 < costs_of([turn, dear, turn], target, draft, [], [2]).doubt < 0.2
+    assert costs_of([turn], target, draft, [], [2]).doubt == float("inf"), "one turn says nothing about itself"
+
+
+@pytest.mark.parametrize(("restless", "turns"), [(0.0, 1 + 3), (0.7, 1 + 12)])
+def test_restless_costs_are_measured_more_often_up_to_four_times(pair, monkeypatch, restless, turns):
+    taken = []
+
+    def timed(*_, **__):
+        taken.append(1)
+        return {(1, 0): [(1.0, 0.0, .9)] * 9, (1, 2): [(1.5 + restless * (len(taken) % 3), .5, .9)] * 9}
+
+    monkeypatch.setattr(forecast, "time_rounds", timed)
+    measure_costs(*pair, [], [2], repeats=3)
+    assert len(taken) == turns

@@ -15,21 +15,25 @@ out for another machine (hardware.py).
 from __future__ import annotations
 
 import gc
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from statistics import fmean, median
+from statistics import fmean, median, stdev
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 Chances = list[list[float]]  # at [tokens committed so far][i]: P(proposal i is accepted | those before it were)
-COST_TOKENS = 32  # of one run that measures costs
+Samples = dict[tuple[int, int], list[tuple[float, float, float]]]  # (rows, proposals) → seconds: whole, draft, target
+PLAIN_TOKENS, ROUNDS = 12, 5  # of one run that measures costs: plain steps, and at least so many rounds
+SURE = 0.02  # costs known to within it are known well enough
 
 
 @dataclass(frozen=True)
@@ -53,10 +57,12 @@ class Outlook:
 @dataclass(frozen=True)
 class Costs:
     """Seconds of a round. table[rows][proposals], 0 proposals: a plain step; in between it is interpolated. parts: per
-    rows and proposals the seconds spent drafting and in the target's forward."""
+    rows and proposals the seconds spent drafting and in the target's forward. doubt: how far a round in plain steps may
+    be off, as the turns that measured it differ (half a 95 % interval; 0: not measured)."""
 
     table: Mapping[int, Mapping[int, float]]
     parts: Mapping[int, Mapping[int, tuple[float, float]]] = field(default_factory=dict)
+    doubt: float = 0.0
 
     def seconds(self, rows: float, proposals: float) -> float:
         counts = sorted(self.table)
@@ -100,15 +106,14 @@ def _agreement(target: PreTrainedModel, draft: PreTrainedModel, answer: Answer, 
 
     from specbeam.drafting.draft_model import align
     from specbeam.engine.runner import embedding
-    from specbeam.metrics.likelihood import answer_logits
     from specbeam.sampling import process
 
     width = int(target.config.get_text_config(decoder=True).vocab_size)
     known = embedding(draft).shape[0]
     text = [*answer.prompt, *answer.tokens]
 
-    def scores(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
-        logits = answer_logits(model, ids, len(answer.tokens))
+    def scores(model: PreTrainedModel, ids: list[int]) -> Tensor:
+        logits = _forced_logits(model, ids, len(answer.tokens))
         return process(align(logits[None], width), [processors], lambda _, node: text[: len(answer.prompt) + node])[0]
 
     drafts = scores(draft, [min(token, known - 1) for token in text])
@@ -118,6 +123,20 @@ def _agreement(target: PreTrainedModel, draft: PreTrainedModel, answer: Answer, 
     p = scores(target, text).softmax(-1).to(drafts.device).gather(1, tokens[:, None])[:, 0].double()
     q = drafts.softmax(-1).gather(1, tokens[:, None])[:, 0].double()
     return torch.where(p > 0, (q / p).clamp(max=1.0), (q > 0).double()).tolist()
+
+
+def _forced_logits(model: PreTrainedModel, text: Sequence[int], count: int) -> Tensor:
+    """The logits [count, vocabulary] that predict the last `count` tokens of a text, by the runner that decodes with
+    this model: another one would round otherwise."""
+    import torch
+
+    from specbeam.engine.support import adapt
+    from specbeam.engine.tree import chain, read_prompts
+
+    tree, tips, logits = read_prompts(adapt(model), [text[:-count]], len(text))
+    if count == 1:
+        return logits[0]
+    return torch.cat([logits[0], tree.extend(tips, chain([text[-count:-1]], tree.device))[0][0]])
 
 
 def _looked_up(answer: Answer, longest: int, ngram: int, vocabulary: int) -> Chances:
@@ -213,9 +232,28 @@ def measure_costs(target: PreTrainedModel, draft: PreTrainedModel | None, answer
                   lengths: Sequence[int], rows: int = 1, repeats: int = 3, **options: Any) -> Costs:
     """What a round costs, by the runner in use: for 1 … `rows` rows and each draft length, from short runs.
 
-    Every run carries on from some way into answers of the target, so that the cache is as full as it would be; a
-    round's seconds are of its drafting, its target forward and all the rest. Settings take turns, `repeats` times over.
-    options: of the methods; `drafter`, `temperature` among them.
+    The first turn warms up, `repeats` are counted, and as many again up to four times where the machine is so restless
+    that the costs are not known to within 2 %. options: of the methods; `drafter`, `temperature` among them.
+    """
+    turns: list[Samples] = []
+    for turn in range(4 * repeats + 1):
+        found = time_rounds(target, draft, answers, lengths, rows, turn, **options)
+        if turn:
+            turns.append(found)
+        if turn >= repeats and _doubt(turns, rows) <= SURE:
+            break
+    return costs_of(turns, target, draft, answers, lengths, rows)
+
+
+def time_rounds(target: PreTrainedModel, draft: PreTrainedModel | None, answers: Sequence[Answer],
+                lengths: Sequence[int], rows: int = 1, turn: int = 0, **options: Any) -> Samples:
+    """One turn of measuring: a few rounds of every draft length, and before each of them a few plain steps. Turn 0
+    warms up: it records shapes, where the runner does.
+
+    Rounds are timed whole and in their place: a draft's step between two forwards of the target is dearer than one in
+    a loop of its own, since the target's weights push the draft's out of the processor's cache. Plain steps close by
+    are what they are measured in: whatever slows the machine for a second slows both. Every run carries on from some
+    way into answers of the target, so that the cache is as full as it would be.
     """
     import torch
 
@@ -224,43 +262,80 @@ def measure_costs(target: PreTrainedModel, draft: PreTrainedModel | None, answer
     from specbeam.decoding.speculative import speculative_generate
     from specbeam.runners.graph import warming
 
-    counts = sorted({1, rows, *([(rows + 1) // 2] if rows > 3 else [])})
     by_length = sorted(answers, key=lambda answer: -len(answer.tokens))
     speculation = {name: options.pop(name) for name in ("drafter", "ngram") if name in options}
     temperature = options.get("temperature") or 0.0
     plainly = {name: value for name, value in options.items() if temperature or name != "temperature"}
-    options = {**plainly, "max_new_tokens": min(options.get("max_new_tokens", COST_TOKENS), COST_TOKENS)}
-    seen: dict[tuple[int, int], list[tuple[float, float, float]]] = defaultdict(list)
-    for repeat in range(repeats + 1):  # the first time around warms up
-        for count in counts:
-            for length in (0, *lengths):
-                chosen = [by_length[(i + repeat) % min(len(by_length), max(rows, 4))] for i in range(count)]
-                texts = [torch.tensor([*one.prompt, *one.tokens[: len(one.tokens) // 4]], device=target.device)
-                         for one in chosen]
-                gc.collect()
-                with nullcontext() if repeat else warming():
-                    if length:
-                        out = speculative_generate(target, draft, texts, draft_length=length, **speculation, **options)
-                    else:
-                        out = (sample_generate if temperature else greedy_generate)(target, texts, **options)
-                if repeat:
-                    for live, proposals, seconds in _rounds_of(out.trace):
-                        if live == count:
-                            seen[live, proposals].append(seconds)
-    table: dict[int, dict[int, float]] = {count: {} for count in counts}
-    parts: dict[int, dict[int, tuple[float, float]]] = {count: {} for count in counts}
-    for (live, proposals), found in seen.items():
-        table[live][proposals] = median(whole for whole, _, _ in found)
-        parts[live][proposals] = (fmean(draft for _, draft, _ in found), fmean(verify for _, _, verify in found))
-    for count, own in table.items():
-        missing = [length for length in lengths if length not in own]
-        if missing or 0 not in own:  # looked up too rarely, or ended too soon: from forwards alone
-            text = [*by_length[0].prompt, *by_length[0].tokens[: len(by_length[0].tokens) // 4]]
-            forward = _forward_seconds(target, [text] * count, [0, *missing], 5 * repeats)
-            step = 0.0 if draft is None else _forward_seconds(draft, [text] * count, [0], 5 * repeats)[0]
-            own.setdefault(0, forward[0])
-            own |= {length: own[0] + forward[length] - forward[0] + length * step for length in missing}
-    return Costs(table, parts)
+    most, seen = options.get("max_new_tokens", PLAIN_TOKENS), defaultdict(list)
+    for count in _counts(rows):
+        chosen = [by_length[(i + turn) % min(len(by_length), max(rows, 4))] for i in range(count)]
+        texts = [torch.tensor([*one.prompt, *one.tokens[: len(one.tokens) // 4]], device=target.device)
+                 for one in chosen]
+        for length in lengths:
+            gc.collect()
+            plain: Any = {**plainly, "max_new_tokens": min(most, PLAIN_TOKENS)}
+            with nullcontext() if turn else warming():
+                steps = (sample_generate if temperature else greedy_generate)(target, texts, **plain)
+                plain["max_new_tokens"] = min(most, ROUNDS * (length + 1))
+                out = speculative_generate(target, draft, texts, draft_length=length, **speculation, **plain)
+            # what follows a prefill is slower, and would weigh too much in runs as short as these
+            for live, proposals, seconds in [*_rounds_of(steps.trace)[1:],
+                                             *(one for one in _rounds_of(out.trace)[1:] if one[1])]:
+                if live == count:
+                    seen[live, proposals].append(seconds)
+    return dict(seen)
+
+
+def costs_of(turns: Sequence[Samples], target: PreTrainedModel, draft: PreTrainedModel | None,
+             answers: Sequence[Answer], lengths: Sequence[int], rows: int = 1) -> Costs:
+    """Costs from turns of `time_rounds`: a round in units of its turn's plain steps, times what a plain step takes."""
+    units = {count: [_typical([whole for whole, _, _ in turn[count, 0]]) if (count, 0) in turn else None
+                     for turn in turns] for count in _counts(rows)}
+    table: dict[int, dict[int, float]] = {}
+    parts: dict[int, dict[int, tuple[float, float]]] = {}
+    for count, own in units.items():
+        first = [(a, b) for a, b in zip(own, units[1], strict=True) if a and b]
+        table[count] = {0: median(b for _, b in first) * median(a / b for a, b in first)} if first else {}
+        parts[count] = {}
+        for proposals in sorted({k for turn in turns for n, k in turn if n == count}):
+            found = [(unit, seconds) for turn, unit in zip(turns, own, strict=True) if unit
+                     for seconds in turn.get((count, proposals), ())]
+            if proposals and found:
+                table[count][proposals] = table[count][0] * _typical([whole / unit for unit, (whole, _, _) in found])
+            if found:
+                parts[count][proposals] = (fmean(one[1] for _, one in found), fmean(one[2] for _, one in found))
+        missing = [length for length in lengths if length not in table[count]]
+        if missing or 0 not in table[count]:  # looked up too rarely, or ended too soon: from forwards alone
+            longest = max(answers, key=lambda answer: len(answer.tokens))
+            text = [*longest.prompt, *longest.tokens[: len(longest.tokens) // 4]]
+            forward = _forward_seconds(target, [text] * count, [0, *missing], 5 * len(turns))
+            step = 0.0 if draft is None else _forward_seconds(draft, [text] * count, [0], 5 * len(turns))[0]
+            table[count].setdefault(0, forward[0])
+            table[count] |= {length: table[count][0] + forward[length] - forward[0] + length * step
+                             for length in missing}
+    return Costs(table, parts, _doubt(turns, rows))
+
+
+def _counts(rows: int) -> list[int]:
+    """Of how many rows rounds are timed; those in between are interpolated."""
+    return sorted({1, rows, *([(rows + 1) // 2] if rows > 3 else [])})
+
+
+def _typical(seconds: Sequence[float]) -> float:
+    """The mean without the highest and lowest tenth: rounds differ by nature, and now and then by an accident."""
+    cut = len(seconds) // 10
+    return fmean(sorted(seconds)[cut:len(seconds) - cut])
+
+
+def _doubt(turns: Sequence[Samples], rows: int) -> float:
+    """How far the costs of rounds, in plain steps, may be off: half the 95 % interval, of the median draft length."""
+    found = []
+    for key in {key for turn in turns for key in turn if key[0] == rows and key[1]}:
+        logs = [math.log(_typical([one[0] for one in turn[key]]) / _typical([one[0] for one in turn[rows, 0]]))
+                for turn in turns if key in turn and (rows, 0) in turn]
+        if len(logs) > len(turns) / 2 and len(logs) > 1:
+            found.append(1.96 * stdev(logs) / len(logs) ** 0.5)
+    return median(found) if found else math.inf
 
 
 def _forward_seconds(target: PreTrainedModel, texts: list[list[int]], lengths: Sequence[int], repeats: int

@@ -13,8 +13,9 @@ from checkpoints import make_checkpoint
 from specbeam import cli
 from specbeam.experiment.choice import choice, command_of
 from specbeam.experiment.compose import compose
-from specbeam.experiment.forecasting import Line, recommended, sentence
+from specbeam.experiment.forecasting import Line, doubts, recommended, sentence
 from specbeam.experiment.plan import make_plan
+from specbeam.forecast import Costs
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,15 @@ def test_every_draft_length_and_batch_size_is_in_the_table_and_the_files(forecas
     assert len(svg.findall(".//{http://www.w3.org/2000/svg}circle")) == len(found["lines"])
 
 
+def test_how_well_the_costs_are_known_is_said(forecast: Path) -> None:
+    assert [one["known_within"] for one in json.loads((forecast / "forecast.json").read_text())["costs"]] != []
+    quiet, busy = ({"others_busy_cores": cores} for cores in (0.1, 1.2))
+    assert doubts({("d", 1): Costs({}, {}, 0.031), ("e", 1): Costs({}, {}, 0.01)}, quiet) == [
+        "What a round costs in plain steps is known to within 3%, and so are the speed-ups."]
+    [unknown, others] = doubts({("d", 1): Costs({}, {}, float("inf"))}, busy)
+    assert "repeats=2" in unknown and "1.2 cores" in others
+
+
 def test_the_traces_are_replayed_on_other_hardware_without_a_model(forecast: Path, tmp_path: Path, monkeypatch,
                                                                    capsys) -> None:
     monkeypatch.setattr("specbeam.models.load_model", None)
@@ -67,6 +77,7 @@ def test_the_traces_are_replayed_on_other_hardware_without_a_model(forecast: Pat
     (["options={top_q: 1}"], "top_q is no option"), (["options=5"], "options is 5"),
     (["traces=nowhere"], "hardware is null"), (["traces=nowhere", "hardware=h100"], "no folder of a forecast"),
     (["temperature=-1"], "temperature is -1"), (["target.path=null"], "target.path is null"),
+    (["precision=int3"], "use one of f32, bf16, int8"),
     (["draft_lenghts=[1]"], "did you mean draft_lengths"), (["repeats=0"], "repeats is 0")],
     ids=lambda value: value[0] if isinstance(value, list) else "")
 def test_bad_input_is_one_sentence_and_status_2(arguments: list[str], said: str, capsys, tmp_path, monkeypatch) -> None:
@@ -90,12 +101,13 @@ CONFIG = {"temperature": 0.0, "options": {"repetition_penalty": 1.2}, "max_new_t
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_the_choice_runs_as_a_comparison(temperature: float) -> None:
-    config = {**CONFIG, "temperature": temperature}
+    config = {**CONFIG, "temperature": temperature, "dtype": "bfloat16", "runner": "auto"}
     written = choice(config, "bundled", line(1.6, "mine", 5), {"mine": "bundled"}, 4)
     words = command_of(written["specbeam"]).split("'")
     overrides = [*words[0].split()[2:], words[1], *words[2].split()]
     composed = compose("config", overrides)
     assert composed["methods"] == written["specbeam"]["methods"] and composed["batch_size"] == 4
+    assert composed["dtype"] == "bfloat16" and "runner" not in written["specbeam"]
     [_, speculative] = make_plan(composed).methods
     assert speculative.options["draft_length"] == 5 and speculative.samples == (temperature > 0)
     assert written["vllm"]["method"] == "draft_model" and written["vllm"]["num_speculative_tokens"] == 5

@@ -10,6 +10,7 @@ from specbeam.metrics.speed import (
     batch_seconds,
     decode_rate,
     mean_accepted_length,
+    proposed_by_position,
 )
 
 
@@ -55,4 +56,5 @@ def test_acceptance_rate_is_accepted_over_drafted_and_none_without_a_draft():
 def test_acceptance_by_position_adds_rows_of_different_draft_lengths():
     rows = [row(accepted_by_position=[[4, 4], [4, 2]]), row(accepted_by_position=[[4, 2], [4, 1], [2, 1]]), row()]
     assert acceptance_by_position(rows) == [6 / 8, 3 / 8, 1 / 2]
+    assert proposed_by_position(rows) == [8, 8, 2]
     assert acceptance_by_position([row()]) == []

@@ -171,3 +171,14 @@ def test_a_folder_without_a_run_is_refused_in_one_sentence(tmp_path):
     ("\x9b31m", "⟨U+009B⟩31m"), ("a\U000e0041", "a⟨U+E0041⟩")], ids=ascii)
 def test_invisible_characters_are_written_out_unless_a_script_needs_them(text, shown):
     assert visible(text) == shown
+
+
+def test_a_position_proposed_a_few_times_is_not_drawn():
+    from specbeam.report.charts import acceptance, by_position
+
+    often = {"acceptance_by_position": [.7, .5], "proposed_by_position": [30, 30]}
+    seldom = {"acceptance_by_position": [.5, 1.0], "proposed_by_position": [12, 2]}
+    assert by_position(often) == [.7, .5] and by_position(seldom) == [.5]
+    assert by_position({"acceptance_by_position": [.7, .5]}) == [.7, .5], "of older runs the counts are not known"
+    assert "proposal 2: 100.0%" not in acceptance({"a": often, "b": seldom})
+    assert acceptance({"b": {"acceptance_by_position": [1.0], "proposed_by_position": [3]}}) == ""

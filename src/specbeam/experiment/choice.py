@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from specbeam.experiment.forecasting import Line
 
 LOOKUP = "prompt_lookup"
+WITH = ("device", "dtype", "runner", "precision")  # what was chosen holds for these
 
 
 def choice(config: Mapping[str, Any], target: str, best: Line | None, drafts: Mapping[str, str | None], batch_size: int
@@ -26,6 +27,7 @@ def choice(config: Mapping[str, Any], target: str, best: Line | None, drafts: Ma
         "methods": {plain["kind"]: {**plain, **config["options"]}},
         "batch_size": batch_size,
         "max_new_tokens": config["max_new_tokens"],
+        **{name: config[name] for name in WITH if config.get(name) not in (None, "auto")},
     }
     if best is None:
         return {"specbeam": chosen, "transformers": None, "vllm": None}
@@ -51,6 +53,7 @@ def choice(config: Mapping[str, Any], target: str, best: Line | None, drafts: Ma
 def command_of(chosen: Mapping[str, Any]) -> str:
     """The same as a command line."""
     import json
+    import shlex
 
     def value(given: Any) -> str:
         if isinstance(given, Mapping):
@@ -58,8 +61,9 @@ def command_of(chosen: Mapping[str, Any]) -> str:
         return given if isinstance(given, str) else json.dumps(given)
 
     methods = "{" + ", ".join(f"{label}: {value(one)}" for label, one in chosen["methods"].items()) + "}"
-    rest = " ".join(f"{name}={value(chosen[name])}" for name in ("batch_size", "max_new_tokens"))
-    models = " ".join(f"{role}.path={chosen[role]['path']}" for role in ("target", "draft") if role in chosen)
+    names = ("batch_size", "max_new_tokens", *(name for name in WITH if name in chosen))
+    rest = " ".join(f"{name}={value(chosen[name])}" for name in names)
+    models = " ".join(shlex.quote(f"{role}.path={chosen[role]['path']}") for role in ("target", "draft") if role in chosen)
     return f"specbeam compare {models} 'methods={methods}' {rest}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,7 +42,7 @@ LOOKUP = "prompt_lookup"
 WORTH = 1.05  # a predicted speed-up below it is not worth the trouble: about the forecast's own error
 KEYS = ("target", "draft", "prompt_set", "drafts", "draft_lengths", "batch_sizes", "ngram", "prompts", "system_prompt",
         "max_new_tokens", "temperature", "options", "repeats", "traces", "hardware", "sizes", "seed", "device", "dtype",
-        "runner", "output_dir")
+        "runner", "precision", "output_dir")
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,8 @@ def run_forecast(config: dict[str, Any], command: list[str], console: Console) -
     folder = folder or records.new_folder(Path("outputs/forecast"))
     folder.mkdir(parents=True, exist_ok=True)
     where = f"this machine, {facts.get('dtype')}, runner {facts.get('runner')}" if hardware is None else hardware.name
-    show(lines, costs, where, estimate_of(traces, batch_sizes, hardware), console)
+    notes = estimate_of(traces, batch_sizes, hardware) + ([] if hardware else doubts(costs, facts))
+    show(lines, costs, where, notes, console)
     write(folder, config, command, traces, lines, costs, where, facts)
     console.print(f"forecast: {folder}", highlight=False, soft_wrap=True)
     return 0
@@ -130,7 +131,8 @@ def check(config: dict[str, Any]) -> None:
         raise InputError("target.path is null: give bundled, a folder or a hub id.")
     named_drafts(config)
     check_device_and_dtype(config["device"], config["dtype"])
-    check_runner(config["runner"] or "auto", config["draft"].get("precision"))
+    for precision in (config["precision"], config["draft"].get("precision")):
+        check_runner(config["runner"] or "auto", precision)
     prompts_from_config(config)
 
 
@@ -181,7 +183,7 @@ def _from_models(config: dict[str, Any], lengths: list[int], batch_sizes: list[i
     from specbeam.models import check_same_vocabulary, load_model, precision_of_draft, resolve_device
 
     given: dict[str, Any] = {"device": config["device"] or "auto", "dtype": config["dtype"] or "auto",
-                             "runner": config["runner"] or "auto"}
+                             "runner": config["runner"] or "auto", "precision": config["precision"]}
     target_path = str(model_path(config, "target"))
     with console.status("loading the target"):
         target, tokenizer = load_model(target_path, **given)
@@ -207,15 +209,16 @@ def _from_models(config: dict[str, Any], lengths: list[int], batch_sizes: list[i
                          "or more max_new_tokens.")
     chances: dict[str, list[Chances]] = {}
     costs: dict[tuple[str, int], Costs] = {}
+    others = records.OthersLoad()
     sizes = {"target": list(asdict(size_of(target.config)).values())}
     for name, path in named_drafts(config).items():
         with console.status(f"draft {name}"):
             draft = None
             if path is not None:
                 precision = precision_of_draft(config["draft"].get("precision"), given["runner"],
-                                               resolve_device(given["device"]), None)
+                                               resolve_device(given["device"]), config["precision"])
                 path = "bundled-draft" if path == "bundled" else path
-                draft, theirs = load_model(path, **given, precision=precision)
+                draft, theirs = load_model(path, **{**given, "precision": precision})
                 check_same_vocabulary(tokenizer, theirs, target.config, draft.config)
                 sizes[name] = list(asdict(size_of(draft.config)).values())
             chances[name] = forced_chances(target, draft, answers, max(lengths), temperature, config["ngram"],
@@ -228,7 +231,7 @@ def _from_models(config: dict[str, Any], lengths: list[int], batch_sizes: list[i
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
     facts = {"device": str(target.device), "dtype": str(target.dtype).removeprefix("torch."),
-             "runner": adapt(target).runner.name}
+             "runner": adapt(target).runner.name, "others_busy_cores": round(others.cores(), 2)}
     return Traces(target_path, answers, chances, temperature > 0, sizes), costs, facts
 
 
@@ -290,6 +293,19 @@ def estimate_of(traces: Traces, batch_sizes: Sequence[int], hardware: Hardware |
     return why
 
 
+def doubts(costs: Mapping[tuple[str, int], Costs], facts: Mapping[str, Any]) -> list[str]:
+    """How far the measured costs may be off, and whether the machine was the user's own."""
+    widest = max((own.doubt for own in costs.values()), default=0.0)
+    why = []
+    if math.isinf(widest):
+        why.append("How far the costs may be off is not known: it takes repeats=2 or more, and answers of some rounds.")
+    elif widest:
+        why.append(f"What a round costs in plain steps is known to within {widest:.0%}, and so are the speed-ups.")
+    if facts.get("others_busy_cores", 0.0) > records.BUSY_CORES:
+        why.append(f"Other programs used {facts['others_busy_cores']:.1f} cores meanwhile: do not trust these seconds.")
+    return why
+
+
 def show(lines: Sequence[Line], costs: dict[tuple[str, int], Costs], where: str, notes: Sequence[str], console: Console
          ) -> None:
     """A table per batch size, what rounds cost, and what to do."""
@@ -338,8 +354,9 @@ def write(folder: Path, config: dict[str, Any], command: list[str], traces: Trac
                                        "choice": asdict(best) if (best := recommended(lines, size)) else None}
                            for size in sizes},
         "lines": [asdict(line) for line in lines],
-        "costs": [{"draft": draft, "batch_size": size, "seconds": {str(n): {str(k): s for k, s in sorted(own.items())}
-                                                                   for n, own in found.table.items()}}
+        "costs": [{"draft": draft, "batch_size": size,
+                   "known_within": found.doubt if math.isfinite(found.doubt) else None,
+                   "seconds": {str(n): {str(k): s for k, s in sorted(own.items())} for n, own in found.table.items()}}
                   for (draft, size), found in costs.items()]})
     records.write_json(folder / "traces.json", asdict(traces))
     (folder / "forecast.svg").write_text(chart([asdict(line) for line in lines], where), "utf-8")

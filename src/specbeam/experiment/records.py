@@ -22,6 +22,7 @@ from specbeam.experiment.compose import flatten
 
 # Keys that change nothing about the rows: a resumed run may differ in them.
 FREE_KEYS = ("output_dir", "wandb", "debug", "trace", "ray")
+BUSY_CORES = 0.3  # used by others: timings suffer
 
 RowKey = tuple[str, str, int, int]
 

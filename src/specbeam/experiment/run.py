@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 WARM_UP_TOKENS = 8
-BUSY_CORES = 0.3  # used by others: timings suffer
 # What a generation_config holds beside options of decoding.
 NO_OPTIONS = ("transformers_version", "disable_compile", "use_cache", "return_dict_in_generate")
 
@@ -189,7 +188,7 @@ def record_environment(
         now = {**first, "resumed": [*first.get("resumed", []), kept]}
     records.write_json(path, now)
     busy = records.busy_cores()
-    if busy < BUSY_CORES:
+    if busy < records.BUSY_CORES:
         return []
     note = (
         f"Other programs were using {busy:.1f} of {records.cores()} cores when the run started: its timings are not to "
@@ -203,7 +202,7 @@ def note_load(folder: Path, cores: float, notes: list[str]) -> list[str]:
     """Record what others used while the methods ran; the note about it, if there is none about the start already."""
     path = folder / "environment.json"
     records.write_json(path, {**records.read_json(path), "others_busy_cores": round(cores, 2)})
-    if cores < BUSY_CORES or notes:
+    if cores < records.BUSY_CORES or notes:
         return []
     return [f"Other programs used {cores:.1f} of {records.cores()} cores while the methods ran: the timings are not to "
             "be trusted."]

@@ -28,6 +28,7 @@ from specbeam.metrics.speed import (
     decode_tokens,
     drafts_trees,
     mean_accepted_length,
+    proposed_by_position,
 )
 
 Row = dict[str, Any]
@@ -106,6 +107,7 @@ def _figures(
         "mean_accepted_length": _finite(accepted_length),
         "acceptance_rate": _finite(acceptance_rate(rows)),
         "acceptance_by_position": acceptance_by_position(rows),
+        "proposed_by_position": proposed_by_position(rows),
         "trees": drafts_trees(rows),
         "lossy": settings.get("acceptance") == "typical",
         "identical_to": {},

@@ -55,13 +55,18 @@ def drafts_trees(rows: Iterable[Row]) -> bool:
 
 def acceptance_by_position(rows: Sequence[Row]) -> list[float]:
     """Of the i-th proposals of all rounds, the part that was accepted; as long as the longest draft."""
-    drafted: list[int] = []
-    accepted: list[int] = []
+    return [kept / proposed if proposed else 0.0 for proposed, kept in _by_position(rows)]
+
+
+def proposed_by_position(rows: Sequence[Row]) -> list[int]:
+    """How many i-th proposals there were."""
+    return [proposed for proposed, _ in _by_position(rows)]
+
+
+def _by_position(rows: Sequence[Row]) -> list[tuple[int, int]]:
+    found: list[tuple[int, int]] = []
     for row in rows:
         for position, (proposed, kept) in enumerate(row.get("accepted_by_position") or []):
-            if position == len(drafted):
-                drafted.append(0)
-                accepted.append(0)
-            drafted[position] += proposed
-            accepted[position] += kept
-    return [kept / proposed if proposed else 0.0 for proposed, kept in zip(drafted, accepted, strict=True)]
+            before = found[position] if position < len(found) else (0, 0)
+            found[position: position + 1] = [(before[0] + proposed, before[1] + kept)]
+    return found

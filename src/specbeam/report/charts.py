@@ -12,6 +12,7 @@ from specbeam.report.escape import escape
 
 Methods = Mapping[str, Mapping[str, Any]]
 MOST_LINES = 6  # of one chart
+FEW = 10  # proposals at a position: below it their acceptance is an accident
 
 
 def speed_against_quality(methods: Methods, quality: str, title: str, better: str) -> str:
@@ -64,8 +65,9 @@ def speedups(methods: Methods, baselines: Sequence[str]) -> str:
         return left + math.log(value / low) / math.log(high / low) * (width - left - right)
 
     steps = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-    marks = [1.0]  # ticks with room for their labels, from 1 × outward
-    for tick in sorted((tick for tick in steps if low <= tick <= high), key=lambda tick: abs(math.log(tick))):
+    marks = [1.0]  # ticks with room for their labels: powers of two first, from 1 × outward
+    for tick in sorted((tick for tick in steps if low <= tick <= high),
+                       key=lambda tick: (not math.log2(tick).is_integer(), abs(math.log(tick)))):
         if all(abs(x(tick) - x(other)) >= 38 for other in marks):
             marks.append(tick)
     parts = [_line(x(tick), 8, x(tick), height - 24, "one" if tick == 1 else "grid")
@@ -85,10 +87,16 @@ def speedups(methods: Methods, baselines: Sequence[str]) -> str:
     return _svg(width, height, "Speed-ups with 95 % intervals", parts)
 
 
+def by_position(figures: Mapping[str, Any]) -> list[float]:
+    """Acceptance by position, as far as a position was proposed often enough to say something: adaptive lengths seldom
+    go deep, and then where they are sure."""
+    rates, counts = figures.get("acceptance_by_position") or [], figures.get("proposed_by_position") or []
+    return [rate for i, rate in enumerate(rates) if i >= len(counts) or min(counts[: i + 1]) >= FEW]
+
+
 def acceptance(methods: Methods) -> str:
     """How often the i-th proposal of a round was accepted: one line a speculating method."""
-    lines = [(label, figures["acceptance_by_position"]) for label, figures in methods.items()
-             if figures.get("acceptance_by_position")]
+    lines = [(label, rates) for label, figures in methods.items() if (rates := by_position(figures))]
     if not lines:
         return ""
     if len(lines) > MOST_LINES:

@@ -11,6 +11,7 @@ from specbeam.decoding import PEERS
 from specbeam.errors import InputError
 from specbeam.report.answer import shown
 from specbeam.report.categories import speedups_by_category
+from specbeam.report.charts import by_position
 from specbeam.report.runs import Run
 from specbeam.report.terminal import phase_shares
 
@@ -111,8 +112,7 @@ def _quality(figure: Figure, run: Run) -> bool:
 
 
 def _acceptance(figure: Figure, run: Run) -> bool:
-    lines = [(label, figures["acceptance_by_position"]) for label, figures in _methods(run).items()
-             if figures.get("acceptance_by_position")]
+    lines = [(label, rates) for label, figures in _methods(run).items() if (rates := by_position(figures))]
     if not lines:
         return False
     axes = figure.subplots()

@@ -76,8 +76,8 @@ def _prompt_block(prompt_id: str, turn: int, answers: Mapping[str, Mapping[str, 
     cells = "".join(_cell(group, groups) for group in groups)
     turn_text = f", turn {turn + 1}" if turn else ""
     head = " ".join(visible(asked).split())
-    head = head if len(head) <= 100 else head[:99] + "…"
-    shown = f'<p class="prompt" dir="auto">{escape(asked)}</p>' if len(str(asked)) > 100 or "\n" in str(asked) else ""
+    head = head if len(head) <= 80 else head[:79] + "…"
+    shown = f'<p class="prompt" dir="auto">{escape(asked)}</p>' if len(str(asked)) > 80 or "\n" in str(asked) else ""
     wanted = "".join(f'<p class="reference"><small>reference</small> <span dir="auto">{escape(one)}</span></p>'
                      for one in expected)
     return (f'<details class="prompt-block"{" open" if opened else ""}><summary><small>{escape(prompt_id)}{turn_text}'
