@@ -63,7 +63,8 @@ def command_of(chosen: Mapping[str, Any]) -> str:
     methods = "{" + ", ".join(f"{label}: {value(one)}" for label, one in chosen["methods"].items()) + "}"
     names = ("batch_size", "max_new_tokens", *(name for name in WITH if name in chosen))
     rest = " ".join(f"{name}={value(chosen[name])}" for name in names)
-    models = " ".join(shlex.quote(f"{role}.path={chosen[role]['path']}") for role in ("target", "draft") if role in chosen)
+    models = " ".join(shlex.quote(f"{role}.path={chosen[role]['path']}") for role in ("target", "draft")
+                      if role in chosen)
     return f"specbeam compare {models} 'methods={methods}' {rest}"
 
 
