@@ -49,6 +49,11 @@ def test_a_run_that_was_killed_says_how_far_it_came(tmp_path):
     assert "methods transformers_greedy, transformers_assisted, transformers_beam have no row" in text
     for sentence in ("1 line of rows.jsonl could not be read", "trace.jsonl is missing", "environment.json is missing"):
         assert sentence in text and sentence in (folder / "report.html").read_text("utf-8")
+    (folder / "environment.json").write_text(json.dumps({"others_busy_cores_at_start": 1.4}), "utf-8")
+    assert "Other programs were using 1.4 cores when the run started" in printed(folder)
+    whole = write_run(tmp_path / "whole")
+    assert any("Not finished: half" in one for one in not_comparable([read_run(whole), read_run(folder)],
+                                                                    ["whole", "half"]))
 
 
 def test_runs_of_different_targets_are_marked_as_not_comparable(tmp_path):

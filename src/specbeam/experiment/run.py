@@ -181,13 +181,15 @@ def record_environment(
     """Write environment.json (a resumed run adds to it); the notes for the table: a machine that is not quiet."""
     path = folder / "environment.json"
     now = records.environment(resolved["device"], resolved["dtype"], resolved["runner"], command)
+    busy = records.busy_cores()
     now |= {"workers": workers} if workers else {}
+    now |= {"others_busy_cores_at_start": round(busy, 2)}
     if resumed and path.exists():
         first = records.read_json(path)
-        kept = {name: now[name] for name in ("started", "load_average", "command", "git_commit", "specbeam")}
+        kept = {name: now[name] for name in ("started", "load_average", "others_busy_cores_at_start", "command",
+                                             "git_commit", "specbeam")}
         now = {**first, "resumed": [*first.get("resumed", []), kept]}
     records.write_json(path, now)
-    busy = records.busy_cores()
     if busy < records.BUSY_CORES:
         return []
     note = (

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from specbeam.errors import InputError
+from specbeam.experiment.records import BUSY_CORES
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,14 @@ def read_run(folder: Path) -> Run:
         missing.append(f"{broken} line{'s' * (broken > 1)} of rows.jsonl could not be read.")
     traces, searches = (_lines(folder / name)[0] for name in ("trace.jsonl", "beams.jsonl"))
     prompts = {prompt["id"]: prompt for prompt in _lines(folder / "prompts.jsonl")[0] if "id" in prompt}
+    environment = _document(folder / "environment.json")
     if summary is None or not isinstance(summary.get("methods"), dict):
         summary = _unfinished(rows, config, prompts)
+        if (busy := (environment or {}).get("others_busy_cores_at_start") or 0.0) >= BUSY_CORES:
+            summary["notes"].append(f"Other programs were using {busy:.1f} cores when the run started: its timings are "
+                                    "not to be trusted.")
     if rows and not traces:
         missing.append("trace.jsonl is missing: tokens cannot be coloured by their source.")
-    environment = _document(folder / "environment.json")
     if not config or environment is None:
         files = [name for name, there in (("config.yaml", config), ("environment.json", environment)) if not there]
         missing.append(f"{' and '.join(files)} {'are' if len(files) > 1 else 'is'} missing: what is needed to run it "
@@ -103,10 +107,10 @@ def _unfinished(rows: Sequence[dict[str, Any]], config: dict[str, Any], prompts:
     wanted = [only] if isinstance(only, str) else only or list(planned)
     seen = {row["method"]: {"kind": row["kind"]} for row in rows}
     methods = {label: settings for label, settings in planned.items() if label in seen} or seen
-    summary = summarise(rows, methods)
+    summary = {**summarise(rows, methods), "finished": False}
     resolved = config.get("resolved") or {}
-    for name in ("target", "draft", "device", "dtype", "batch_size"):
-        summary[name] = resolved.get(name) or config.get(name)
+    for name in ("target", "draft", "device", "dtype", "runner", "batch_size"):
+        summary[name] = resolved.get(name) or (None if name == "runner" else config.get(name))
     if wanted and prompts and isinstance(config.get("repeats"), int):
         turns = sum(max(1, len(prompt.get("turns") or [])) for prompt in prompts.values())
         of = f" of {len(wanted) * turns * config['repeats']}"

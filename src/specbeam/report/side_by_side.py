@@ -10,6 +10,7 @@ from specbeam.experiment.compose import flatten
 from specbeam.report.answer import answers, interval, rate
 from specbeam.report.escape import escape
 from specbeam.report.runs import Run
+from specbeam.report.tables import with_interval
 from specbeam.report.terminal import same_output, speedup_over
 
 # Keys of a config that say nothing about what was run.
@@ -39,6 +40,8 @@ def not_comparable(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
                      "setting is better.")
     if differ([sorted(run.prompts) for run in runs]):
         found.append("Other prompts: tokens a second of different texts are not comparable, speed-ups only roughly.")
+    if unfinished := [name for name, run in zip(names, runs, strict=True) if not run.summary.get("finished", True)]:
+        found.append(f"Not finished: {', '.join(unfinished)}; its figures are of fewer rows.")
     machines = [(run.environment.get("cpu"), run.environment.get("gpu"), run.summary.get("device"),
                  run.environment.get("cores")) for run in runs]
     if differ(machines):
@@ -54,9 +57,11 @@ def overview(runs: Sequence[Run], names: Sequence[str]) -> list[tuple[str, str, 
     warnings = not_comparable(runs, names)
     sentences = "".join(f"<p><b>{escape(name)}</b>: {escape(answers(run.summary)[0])}</p>"
                         for name, run in zip(names, runs, strict=True))
-    marked = "".join(f'<li class="{"bad" if one.startswith("Not") else ""}">{escape(one)}</li>' for one in warnings)
+    apart = bool(warnings) and warnings[0].startswith("Not comparable")
+    marked = "".join(f'<li class="{"bad" if apart and not i else ""}">{escape(one)}</li>'
+                     for i, one in enumerate(warnings))
     return [("answer", "", sentences + (f'<ul class="missing">{marked}</ul>' if marked else "")),
-            ("side-by-side", "Side by side", _table(runs, names, bool(warnings) and warnings[0].startswith("Not"))),
+            ("side-by-side", "Side by side", _table(runs, names, apart)),
             ("differences", "What differs", _differences(runs, names))]
 
 
@@ -78,8 +83,8 @@ def _table(runs: Sequence[Run], names: Sequence[str], apart: bool) -> str:
         cells = ""
         for run, own in zip(runs, shown, strict=True):
             methods = run.summary["methods"]
-            cells += "".join(f'<td{_edge(i)}>{escape(cell(methods[label], methods)) if label in methods else ""}</td>'
-                             for i, (_, cell) in enumerate(own))
+            texts = [escape(cell(methods[label], methods)) if label in methods else "" for _, cell in own]
+            cells += "".join(f"<td{_edge(i)}>{with_interval(text)}</td>" for i, text in enumerate(texts))
         body += f'<tr><th scope="row">{escape(label)}</th>{cells}</tr>'
     return (f'<div class="wide"><table class="figures runs"><thead><tr><th></th>{head}</tr>'
             f"<tr><th></th>{second}</tr></thead><tbody>{body}</tbody></table></div>")

@@ -41,7 +41,7 @@ def summary_table(methods: Methods) -> str:
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name, _ in columns)
     body = ""
     for label, figures in methods.items():
-        cells = "".join(f'<td class="{_css(name, figures, methods)}">{_with_interval(escape(cell(figures)))}</td>'
+        cells = "".join(f'<td class="{_css(name, figures, methods)}">{with_interval(escape(cell(figures)))}</td>'
                         for name, cell in columns)
         kind = "" if figures["kind"] == label else f' <small>{escape(figures["kind"])}</small>'
         body += f'<tr><th scope="row">{escape(label)}{kind}</th>{cells}</tr>'
@@ -49,7 +49,7 @@ def summary_table(methods: Methods) -> str:
             f"{head}</tr></thead><tbody>{body}</tbody></table></div>")
 
 
-def _with_interval(text: str) -> str:
+def with_interval(text: str) -> str:
     """`1.62 (1.41–1.80)` with the interval below, so that the table stays narrow."""
     value, bracket, rest = text.partition(" (")
     return f"{value}<br><small>{rest.rstrip(')')}</small>" if bracket else text
