@@ -28,15 +28,16 @@ CATEGORIES = ("translation", "arithmetic", "instruction")
 CEILING = 6  # steps ahead
 
 
-def methods(width: int) -> dict[str, tuple[str, dict[str, Any]]]:
+def methods(width: int, leave_out: list[str]) -> dict[str, tuple[str, dict[str, Any]]]:
     found = {"beam": ("beam", {}), "transformers_beam": ("transformers_beam", {}),
              "speculative_beam, auto": ("speculative_beam", {"draft_length": "auto"})}
     for ahead in (1, 2, 3):
         found[f"speculative_beam, {ahead} ahead"] = ("speculative_beam", {"draft_length": ahead})
-    found["speculative_beam, token_recycling, auto"] = (
-        "speculative_beam", {"drafter": "token_recycling", "draft_length": "auto"})
+    for drafter in ("token_recycling", "prompt_lookup"):
+        found[f"speculative_beam, {drafter}, auto"] = (
+            "speculative_beam", {"drafter": drafter, "draft_length": "auto"})
     return {f"{label}, width {width}": (kind, {"num_beams": width, **options})
-            for label, (kind, options) in found.items()}
+            for label, (kind, options) in found.items() if not any(part in label for part in leave_out)}
 
 
 def interval(logs: list[float]) -> tuple[float, float, float]:
@@ -46,7 +47,8 @@ def interval(logs: list[float]) -> tuple[float, float, float]:
     return tuple(float(np.exp(value)) for value in (each.mean(), *np.percentile(draws, [2.5, 97.5])))  # type: ignore
 
 
-def measure(dtype: str, runner: str, repeats: int, widths: list[int], count: int) -> list[dict[str, Any]]:
+def measure(dtype: str, runner: str, repeats: int, widths: list[int], count: int,
+            leave_out: list[str]) -> list[dict[str, Any]]:
     target, draft, tokenizer = specbeam.load_pair(dtype=dtype, runner=runner)
     asked = [p.conversation(0) for p in read_prompts(BUNDLED) if p.category in CATEGORIES]
     prompts = [specbeam.render_prompt(tokenizer, [one]).input_ids for one in asked[:: max(len(asked) // count, 1)]]
@@ -62,7 +64,7 @@ def measure(dtype: str, runner: str, repeats: int, widths: list[int], count: int
     tree.TokenTree.extend.__globals__["forward"] = timed
     found = []
     for width in widths:
-        chosen = methods(width)
+        chosen = methods(width, leave_out)
         seconds: dict[str, list[list[float]]] = {label: [[] for _ in prompts] for label in chosen}
         outside: dict[str, list[float]] = {label: [] for label in chosen}
         tokens: dict[str, dict[int, Any]] = {label: {} for label in chosen}
@@ -82,19 +84,21 @@ def measure(dtype: str, runner: str, repeats: int, widths: list[int], count: int
                         outside[label].append(1 - forwards[0] / whole)
                         rounds[label] += out.trace[0].rounds
         base = {name: [median(times) for times in seconds[f"{name}, width {width}"]]
-                for name in ("beam", "transformers_beam")}
+                for name in ("beam", "transformers_beam") if f"{name}, width {width}" in chosen}
         for label, times in seconds.items():
             ratios = {name: interval([float(np.log(theirs / median(ours))) for theirs, ours
                                       in zip(base[name], times, strict=True)]) for name in base}
             steps = sum(one.committed for one in rounds[label]) / max(len(rounds[label]), 1)
             found.append({
                 "dtype": dtype, "runner": runner, "method": label, "times_beam": ratios["beam"],
-                "times_transformers": ratios["transformers_beam"], "steps_per_round": steps,
+                "times_transformers": ratios.get("transformers_beam"), "steps_per_round": steps,
                 "milliseconds_per_round": 1e3 * sum(map(sum, times)) / max(len(rounds[label]), 1),
                 "outside_forwards": None if label.startswith("transformers") else median(outside[label]),
                 "same_tokens": sum(tokens[label][n] == tokens[f"beam, width {width}"][n] for n in range(len(prompts))),
                 "prompts": len(prompts)})
             show(found[-1])
+        if "ceiling" in leave_out:
+            continue
         found.append({"dtype": dtype, "width": width, "ceiling": ceiling(target, draft, prompts, width)})
         print(f"  steps a round that {CEILING} steps ahead reach, by draft beams: {found[-1]['ceiling']}", flush=True)
     tree.TokenTree.extend.__globals__["forward"] = plain
@@ -113,7 +117,8 @@ def ceiling(target: Any, draft: Any, prompts: list[Any], width: int) -> dict[int
 
 
 def show(row: dict[str, Any]) -> None:
-    ours, theirs = ("{:.2f} ({:.2f}–{:.2f})".format(*row[name]) for name in ("times_beam", "times_transformers"))
+    ours, theirs = ("{:.2f} ({:.2f}–{:.2f})".format(*(row[name] or [float("nan")] * 3))
+                    for name in ("times_beam", "times_transformers"))
     apart = "" if row["outside_forwards"] is None else f"  {row['outside_forwards']:.0%} outside forwards"
     print(f"{row['dtype']:9} {row['method']:48} × beam {ours}  × transformers {theirs}  {row['steps_per_round']:.2f} "
           f"steps a round of {row['milliseconds_per_round']:.1f} ms{apart}  {row['same_tokens']}/{row['prompts']} same",
@@ -153,11 +158,13 @@ def main() -> None:
     parser.add_argument("--widths", default="2,4,8")
     parser.add_argument("--runner", default="auto")
     parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--leave-out", default="", help="parts of labels, and ceiling")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--out")
     chosen = parser.parse_args()
     rows = [row for dtype in chosen.dtypes.split(",") for row in measure(
-        dtype, chosen.runner, chosen.repeats, [int(width) for width in chosen.widths.split(",")], chosen.prompts)]
+        dtype, chosen.runner, chosen.repeats, [int(width) for width in chosen.widths.split(",")], chosen.prompts,
+        [part for part in chosen.leave_out.split(";") if part])]
     held = None if chosen.no_memory else memory()
     if held:
         print(f"keys and values, 1,500-token prompt, 8 beams: specbeam {held['specbeam']:.0f} MiB, "

@@ -24,6 +24,13 @@ _IGNORES_HISTORY = (
     hf.InfNanRemoveLogitsProcessor, hf.LogitNormalization,
 )
 
+# These make log-probabilities smaller, never larger.
+_LOWERS = (
+    hf.RepetitionPenaltyLogitsProcessor, hf.NoRepeatNGramLogitsProcessor, hf.NoBadWordsLogitsProcessor,
+    hf.MinLengthLogitsProcessor, hf.MinNewTokensLengthLogitsProcessor, hf.SuppressTokensLogitsProcessor,
+    hf.PrefixConstrainedLogitsProcessor,
+)
+
 Path = Callable[[int, int], Sequence[int]]
 
 
@@ -52,6 +59,11 @@ def process(logits: Tensor, processors: Sequence[LogitsProcessorList], path: Pat
         history = torch.tensor(paths, device=scores.device)
         done[rows, nodes] = processors[rows[0]](cast(LongTensor, history), cast(FloatTensor, scores[rows, nodes]))
     return done
+
+
+def lowers(processors: LogitsProcessorList) -> bool:
+    """Whether no log-probability is above 0 behind them. (A repetition penalty below 1 lifts them, but only to 0.)"""
+    return all(type(one) in _LOWERS for one in processors)
 
 
 def uniforms(generators: Sequence[torch.Generator], counts: Sequence[int], device: torch.device) -> Tensor:

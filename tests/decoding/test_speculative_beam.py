@@ -5,6 +5,7 @@ Every case is held against our own `beam_generate` (exactly) and `transformers.g
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -21,8 +22,10 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from specbeam import InputError, beam_generate, greedy_generate
 from specbeam.decoding import speculative_beam as spec
+from specbeam.decoding.beam import Ranked, Ranking
 from specbeam.decoding.speculative_beam import speculative_beam_generate
-from specbeam.drafting import depth
+from specbeam.drafting import answered, depth
+from specbeam.drafting.answered import Answered
 from specbeam.drafting.draft_beams import DraftBeams
 from specbeam.engine.tree import TokenTree
 
@@ -220,6 +223,67 @@ def test_ties_end_as_in_generate(name, kind):
                 logits_processor=LogitsProcessorList([Rounded()]))
 
 
+@pytest.fixture
+def twins():
+    """A target whose tokens 50 to 94 have exactly the logits of 5 to 49."""
+    target = copy.deepcopy(model("llama"))
+    with torch.no_grad():
+        target.get_output_embeddings().weight[50:95] = target.get_output_embeddings().weight[5:50]
+    return target
+
+
+@pytest.mark.parametrize("num_beams", [2, 3, 4, 6])
+def test_ties_end_alike_where_some_logits_are_missing(twins, num_beams):
+    for ends in (MANY_ENDS, None):
+        compare(twins, good_draft("llama"), EIGHT, num_beams, max_new_tokens=10, eos_token_id=ends)
+
+
+def nodes_read(monkeypatch, target, *args, **options) -> int:
+    """By the target, after the prompts."""
+    read, extend = [0], TokenTree.extend
+
+    def counting(self, tips, block, last_only=False):
+        read[0] += 0 if last_only or self.adapter.model is not target else int(block.lengths.sum())
+        return extend(self, tips, block, last_only)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenTree, "extend", counting)
+        out = speculative_beam_generate(target, *args, **options)
+    assert facts(out) == facts(beam_generate(target, args[1], **{name: value for name, value in options.items()
+                                                                 if not name.startswith("draft")}))
+    return read[0]
+
+
+def test_what_was_scored_once_is_not_scored_again(monkeypatch):
+    """Every node is proposed at most once, and a beam's last token is read only where it was not a node."""
+    target, read = model("llama"), []
+    original = Answered.add
+
+    def watched(self, last, proposal, row, first):
+        wanted = len(last) + len(proposal.tokens[row])
+        tokens, parents = original(self, last, proposal, row, first)
+        read.append((len(tokens), wanted))
+        return tokens, parents
+
+    monkeypatch.setattr(Answered, "add", watched)
+    options = {"num_beams": 4, "draft_length": 2, "max_new_tokens": 20, "eos_token_id": None}
+    count = nodes_read(monkeypatch, target, good_draft("llama"), ROWS[:1], **options)
+    assert count == sum(new for new, _ in read)
+    assert all(new < wanted for new, wanted in read[1:]) and count < 0.85 * sum(wanted for _, wanted in read)
+
+
+def test_a_beam_that_nobody_will_go_on_from_needs_no_logits():
+    rule = Ranking(2, 4, 1.0, False)
+    ranked = Ranked([[7, 8, 9, 6]], [[0, 0, 0, 0]], [[-1.0, -2.0, -3.0, -4.0]], [[None] * 4], [[0, 1]], [], [])
+    assert spec._certain(ranked, 0, -2.5, rule, False) and not spec._certain(ranked, 0, -2.0, rule, False)
+    assert spec._certain(ranked, 0, -torch.inf, rule, True)  # nothing is missing
+    assert not spec._certain(ranked, 0, -2.5, rule, True)  # the search tree wants the spare candidates too
+    ended = ranked._replace(chosen=[[1, 2]])
+    assert spec._certain(ended, 0, -3.5, rule, False) and not spec._certain(ended, 0, -2.5, rule, False)
+    for scores in ([-1.0, -1.0, -3.0, -4.0], [-1.0, -2.0, -2.0, -4.0]):
+        assert not spec._certain(ranked._replace(scores=[scores]), 0, -2.5, rule, False)
+
+
 # Any search.
 
 cases = given(
@@ -295,25 +359,36 @@ def _worse(kind: str = "good") -> None:
                 eos_token_id=MANY_ENDS)
 
 
-@pytest.mark.parametrize("right, wrong", [
-    (" and min(below) >= 0", ""), ("min(below) >= 0", "max(below) >= 0"),
-    ("children[i].get(key, -1)", "{token: node for (_, token), node in children[i].items()}.get(key[1], -1)"),
-    ("[place[i][origin] for origin in origins]", "place[i][:]"),
-    ("logits[torch.tensor(active, device=logits.device)[:, None], at]", "logits[active][:, :rule.num_beams]"),
-], ids=["a missing node is taken for granted", "one survivor in the tree is enough",
-        "the same token below another node", "a survivor's node is not its origin's",
-        "a step is scored by the logits of the round's first"])
-def test_control_a_mistake_in_the_replay_is_seen(monkeypatch, right, wrong):
-    monkeypatch.setattr(spec, "_replay", mutated(spec, "_replay", right, wrong))
-    _worse()
+@pytest.mark.parametrize("module, name, right, wrong", [
+    (spec, "_certain", "scores[last] > bound and", ""), (spec, "_certain", "rule.num_beams - 1, *ranked", "0, *ranked"),
+    (spec, "_replay", "log_prob[missing] = -torch.inf", "pass"),
+    (answered, "Answered", "self.children.get(step, -1)",
+     "{token: node for (_, token), node in self.children.items()}.get(step[1], -1)"),
+    (answered, "Answered", "[self.at[origin] for origin in origins]", "self.at[:]"),
+    (answered, "Answered", "self.logits.get(node, some)", "some"),
+    (answered, "Answered", "if parent in alive}", "if parent in new}"),
+], ids=["missing logits are taken for unimportant", "an ended candidate that counts is not looked at",
+        "missing logits are another's", "the same token below another node",
+        "a survivor's node is not its origin's", "all beams are scored by one's logits",
+        "a node that only its child needs has children"])
+def test_control_a_mistake_in_the_replay_is_seen(monkeypatch, module, name, right, wrong):
+    monkeypatch.setattr(spec, name, mutated(module, name, right, wrong))
+    with pytest.raises((AssertionError, IndexError, KeyError, RuntimeError)):
+        for ends in (MANY_ENDS, None, [EOS, 40, 50, 60]):
+            for kind in ("good", "random"):
+                for width in (2, 4, 6):
+                    compare(model("llama"), draft_of(kind, "llama"), EIGHT, width, peer=False, max_new_tokens=14,
+                            eos_token_id=ends)
 
 
 def test_control_beams_that_hang_below_the_wrong_node_are_seen(monkeypatch):
     original = spec._replay
 
-    def crossed(*args):
-        beams, behind, steps, over = original(*args)
-        return beams, [nodes[::-1] for nodes in behind], steps, over
+    def crossed(beams, known, *args):
+        found = original(beams, known, *args)
+        for row in known:
+            row.at, row.below = row.at[::-1], row.below[::-1]
+        return found
 
     monkeypatch.setattr(spec, "_replay", crossed)
     _worse()

@@ -18,7 +18,7 @@ def played(survival: list[float], step: float, per_depth: float, rounds: int = 4
         count = 1
         while count <= depth and (clock := clock + 37) % 100 < 100 * survival[count - 1]:
             count += 1
-        depths.learn(depth, [count], [0.0, 0.0, step + per_depth * depth])
+        depths.learn(depth, [count], step + per_depth * depth)
     return depths, chosen
 
 
@@ -29,7 +29,7 @@ def test_a_fixed_depth_is_that_depth():
 
 def test_the_yardsticks_are_measured_first():
     _, chosen = played([1.0] * LONGEST, 1.0, 0.1, rounds=6)
-    assert chosen == [0, 0, 0, 2, 2, 2]
+    assert chosen == [0, 0, 0, 1, 1, 1]
 
 
 def test_where_every_step_survives_and_drafting_is_cheap_it_goes_as_deep_as_it_may():
@@ -53,6 +53,6 @@ def test_a_gain_within_the_noise_is_no_reason_to_speculate():
 def test_what_was_learned_stays_with_the_pair_and_the_width():
     target, draft = Model(), Model()
     first = Depth(target, draft, "auto", (4, 6), 1)
-    first.learn(0, [], [0.0, 0.0, 1.0])
+    first.learn(0, [], 1.0)
     assert Depth(target, draft, "auto", (4, 6), 1).costs is first.costs
     assert Depth(target, draft, "auto", (8, 10), 1).costs is not first.costs

@@ -4,9 +4,11 @@ New here; speculation after Leviathan et al. 2023 (arXiv 2211.17192), beams as i
 Idea: (1) the draft continues the running beams by its own search, `draft_length` steps deep (or a drafter without a
 model looks up what may follow them); (2) one target forward scores the beams' last tokens and all proposed nodes; (3)
 the beam steps are replayed with the target's own log-probabilities, by the same function as in plain beam search; as
-long as every surviving beam is a node, its scores are at hand and the next step needs no forward. At the first step
-that leaves the tree, the beams are simply the new state: every round commits at least one step, and costs no more
-forwards than plain search.
+long as every surviving beam that matters is a node, its scores are at hand and the next step needs no forward. (A beam
+matters if it scores more than the last survivor of the next step as far as that is known: a continuation never scores
+more than what it continues.) (4) Where a beam is missing, the others keep their nodes: the next round reads what is
+missing and goes on below all of them, and the draft searches by the target's scores wherever there are some.
+Every round commits at least one step, and no node is scored twice.
 Exact: the draft decides what is scored early, never what survives. Hypotheses, order and scores are those of beam.py.
 """
 
@@ -18,17 +20,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specbeam.decoding.beam import Beams, Ranking, check_beams, log_probabilities, ranking, start_beams, step
+from specbeam.decoding.beam import Beams, Ranked, Ranking, check_beams, log_probabilities, ranking, start_beams, step
 from specbeam.decoding.greedy import greedy_generate
 from specbeam.decoding.request import Request, settle
 from specbeam.decoding.rows import Batch
-from specbeam.drafting import Proposal
+from specbeam.drafting.answered import Answered
 from specbeam.drafting.beam_settings import BeamSettings
 from specbeam.drafting.depth import Depth
 from specbeam.drafting.draft_beams import DraftBeams
 from specbeam.drafting.lookup_beams import LookupBeams
 from specbeam.engine.support import adapt, check_lengths, evaluating
 from specbeam.engine.tree import branches, leaves, read_prompts
+from specbeam.sampling import lowers
 from specbeam.trace import GenerationOutput, Hypothesis
 
 
@@ -80,12 +83,11 @@ def _search(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
     drafter.observe([prompt[-1:] for prompt in prompts], logits)
     depths = Depth(target, draft, settings.draft_length, (drafter.name, rule.num_beams, settings.most_nodes),
                    len(lengths))
-    # The node that each beam's last token hangs below.
-    tips = tips.pick(torch.zeros(len(lengths), rule.num_beams, dtype=torch.long, device=tree.device))
     logits = logits.expand(-1, rule.num_beams, -1)
     beams = [start_beams(rule.num_beams) for _ in lengths]
     beams, over, ranked = step(beams, log_probabilities(logits, beams, request, batch.live), rule, request, batch.live)
     batch.watch(ranked, batch.live)
+    known = [Answered([-1] * rule.num_beams, [0] * rule.num_beams) for _ in beams]
     rounds: list[list[int]] = [[] for _ in lengths]  # of each row, the round of each step
     for i, row in enumerate(batch.live):
         rounds[row].append(0)
@@ -99,7 +101,7 @@ def _search(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
         if not batch.live:
             return batch.output(drafts=True, hypotheses=found)
         if stay:
-            tips, beams = tips.rows(tree.keep_rows(stay)), [beams[i] for i in stay]
+            tips, beams, known = tips.rows(tree.keep_rows(stay)), [beams[i] for i in stay], [known[i] for i in stay]
             drafter.keep_rows(stay)
             depths.rows(len(stay))
 
@@ -109,38 +111,52 @@ def _search(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
                 for row, state in zip(batch.live, beams, strict=True)]
         depth = min(depths.choose(), max(room))
         limits = [min(depth, most) for most in room]
-        proposal = drafter.propose(beams, limits) if depth > 0 else None
+        proposal = drafter.propose(beams, limits, known) if depth > 0 else None
+        if proposal is not None and not any(proposal.tokens):
+            proposal = None
         drafted = batch.clock.mark()
-        trees = _trees(beams, proposal)
-        if proposal is None:  # a plain beam step, at a plain beam step's price
-            last = torch.tensor([tokens for tokens, _ in trees], device=tree.device)
-            block = leaves(last, torch.arange(rule.num_beams, device=tree.device).expand_as(last))
+        plain = proposal is None and not any(row.logits for row in known)
+        first = tips.depth.shape[1]
+        if plain:  # a beam step of beam.py, at its price
+            last = [[[ids[-1] for ids in state.tokens], row.below] for row, state in zip(known, beams, strict=True)]
+            logits, tips = tree.extend(tips, leaves(*torch.tensor(last, device=tree.device).unbind(1)))
         else:
-            block = branches(trees, tree.device)
-        logits, nodes = tree.extend(tips, block)
+            trees = [row.add([ids[-1] for ids in state.tokens], proposal, i, first)
+                     for i, (row, state) in enumerate(zip(known, beams, strict=True))]
+            logits, nodes = tree.extend(tips, branches(trees, tree.device))
         verified = batch.clock.mark()
         batch.phases["draft"].append((start, drafted))
         batch.phases["verify"].append((drafted, verified))
-
-        beams, behind, steps, over = _replay(beams, logits, trees, rule, batch)
-        tips = nodes.pick(torch.tensor(behind, device=tree.device))
-        if proposal is None:
-            drafter.follow(behind)
-        else:
-            drafter.accept(behind, steps, [parents for _, parents in trees])
-            # While speculation is off, nothing is learnt for it either.
+        if plain:
+            beams, over, ranked = step(beams, log_probabilities(logits, beams, request, batch.live), rule, request,
+                                       batch.live)
+            batch.watch(ranked, batch.live)
+            for i, row in enumerate(batch.live):
+                known[i].below = beams[i].front()[1]
+                rounds[row].append(len(batch.rows[row].rounds) + 1)
+                batch.round_done(row, start, [], 0, 1, why=depths.why)
+                _finish(batch, beams[i], row, over[i], found, rounds, num_return_sequences)
+            if depths.auto:
+                depths.learn(0, [], batch.clock.seconds(start, batch.clock.mark()))
+            continue
+        for answered, new, (tokens, _) in zip(known, logits, trees, strict=True):
+            answered.logits |= {first + n: new[n] for n in range(len(tokens))}
+        if proposal is not None:  # while speculation is off, nothing is learnt for it either
             drafter.observe([tokens for tokens, _ in trees], logits)
+
+        beams, steps, over = _replay(beams, known, rule, batch)
+        kept = [row.prune() for row in known]
+        most = max(map(len, kept))
+        tips = tips.join(nodes).pick(torch.tensor([row + [0] * (most - len(row)) for row in kept], device=tree.device))
         for i, (row, count) in enumerate(zip(batch.live, steps, strict=True)):
             rounds[row] += [len(batch.rows[row].rounds) + 1] * count
-            deep = 0 if proposal is None else _depth(proposal.parents[i])
-            batch.round_done(row, start, range(deep), min(count - 1, deep), count,
+            deep = max(0 if proposal is None else _depth(proposal.parents[i]), count - 1)
+            batch.round_done(row, start, range(deep), count - 1, count,
                              drafter=drafter.name if deep else "plain", why=depths.why)
             _finish(batch, beams[i], row, over[i], found, rounds, num_return_sequences)
-        if depths.auto:
-            end = batch.clock.mark()
-            spans = [(start, drafted), (drafted, verified), (start, end)]
+        if depths.auto and depth:
             depths.learn(depth, [n for n, done in zip(steps, over, strict=True) if not done],
-                         [batch.clock.seconds(*span) for span in spans])
+                         batch.clock.seconds(start, batch.clock.mark()))
 
 
 def _depth(parents: Sequence[int]) -> int:
@@ -158,47 +174,41 @@ def _finish(batch: Batch, beams: Beams, row: int, over: bool, found: list[list[H
         batch.finish(row, found[row][0], rounds[row][: len(found[row][0].tokens)])
 
 
-def _trees(beams: Sequence[Beams], proposal: Proposal | None) -> list[tuple[list[int], list[int]]]:
-    """What the target reads of each row: the running beams' last tokens, each below its tip, and then the proposed
-    nodes; as tokens and parents for `branches`."""
-    trees = []
-    for i, row in enumerate(beams):
-        last, width = [ids[-1] for ids in row.tokens], len(row.tokens)
-        tokens, parents = ([], []) if proposal is None else (proposal.tokens[i], proposal.parents[i])
-        below = [parent + width if parent >= 0 else -1 - parent for parent in parents]
-        trees.append(([*last, *tokens], [*range(-1, -1 - width, -1), *below]))
-    return trees
-
-
-def _replay(beams: Sequence[Beams], logits: Tensor, trees: Sequence[tuple[list[int], list[int]]], rule: Ranking,
-            batch: Batch) -> tuple[list[Beams], list[list[int]], list[int], list[bool]]:
-    """Beam steps for as long as all survivors' logits are at hand. Returns the new states and, of each row, the node
-    that each beam's last token hangs below, the steps taken, and whether the search is over.
-
-    logits: [rows, nodes, vocabulary], behind every node of `trees`.
-    """
+def _replay(beams: Sequence[Beams], known: Sequence[Answered], rule: Ranking, batch: Batch
+            ) -> tuple[list[Beams], list[int], list[bool]]:
+    """Beam steps for as long as the logits that matter are at hand. Returns the new states and, of each row, the steps
+    taken, and whether the search is over."""
     now, active = list(beams), list(range(len(beams)))
-    place = [list(range(rule.num_beams)) for _ in beams]  # each beam's own node
-    children = [{(parent, token): node for node, (token, parent) in enumerate(zip(*tree, strict=True))}
-                for tree in trees]
-    behind, steps, over = [row[:] for row in place], [0] * len(beams), [False] * len(beams)
+    steps, over = [0] * len(beams), [False] * len(beams)
     while active:
-        here = logits  # nothing was proposed: one step, behind the beams as they stand
-        if logits.shape[1] > rule.num_beams:
-            at = torch.tensor([place[i] for i in active], device=logits.device)
-            here = logits[torch.tensor(active, device=logits.device)[:, None], at]
         live, states = [batch.live[i] for i in active], [now[i] for i in active]
-        after, ended, ranked = step(states, log_probabilities(here, states, batch.request, live), rule,
-                                    batch.request, live)
-        batch.watch(ranked, live)
+        log_probs = log_probabilities(torch.stack([known[i].behind() for i in active]), states, batch.request, live)
+        bounds = []
+        for log_prob, i in zip(log_probs, active, strict=True):
+            missing = [beam for beam, node in enumerate(known[i].at) if node < 0]
+            log_prob[missing] = -torch.inf
+            bounds.append(max((now[i].scores[beam] for beam in missing), default=-torch.inf))
+        after, ended, ranked = step(states, log_probs, rule, batch.request, live)
+        taken = [n for n, bound in enumerate(bounds) if _certain(ranked, n, bound, rule, batch.request.trace)]
+        batch.watch(Ranked._make([column[n] for n in taken] for column in ranked), [live[n] for n in taken])
         still = []
-        for i, state, done in zip(active, after, ended, strict=True):
-            tokens, origins = state.front()
-            behind[i] = [place[i][origin] for origin in origins]
-            now[i], steps[i], over[i] = state, steps[i] + 1, done
-            below = [children[i].get(key, -1) for key in zip(behind[i], tokens, strict=True)]
-            if not done and min(below) >= 0:
-                place[i] = below
+        for n in taken:
+            i = active[n]
+            now[i], steps[i], over[i] = after[n], steps[i] + 1, ended[n]
+            known[i].follow(*after[n].front())
+            if not ended[n] and (min(known[i].at) >= 0 or (max(known[i].at) >= 0 and lowers(
+                    batch.request.rows[live[n]].processors))):
                 still.append(i)
         active = still
-    return now, behind, steps, over
+    return now, steps, over
+
+
+def _certain(ranked: Ranked, row: int, bound: float, rule: Ranking, everything: bool) -> bool:
+    """Whether beams whose logits are missing change nothing. A continuation scores at most what its beam does (bound:
+    the best of theirs), so all that matters must score more; and it must not tie, since ties end by what else was
+    ranked. everything: for a search tree the spare candidates matter too."""
+    if bound == -torch.inf:
+        return True
+    last = max(rule.num_beams - 1, *ranked.chosen[row])
+    scores = ranked.scores[row][: last + 2]  # with the first that does not matter
+    return not everything and last < rule.keep - 1 and scores[last] > bound and len(set(scores)) == len(scores)

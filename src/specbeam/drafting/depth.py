@@ -2,7 +2,8 @@
 
 `auto` knows from earlier rounds s_k, how often the k-th step was still in the tree when the one before it was, and
 seconds per round at each depth. Expected steps at depth d: 1 + s_1 + s_1 s_2 + … + s_1 … s_d; it takes the depth with
-the most expected steps per second, 0 (plain steps) included, and now and then tries its neighbours.
+the most expected steps per second, 0 (plain steps) included, and now and then tries its neighbours. Where plain steps
+are best it tries ever more rarely, and choosing costs nothing in between; what it knows stays with the pair of models.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from specbeam.drafting.beam_settings import LONGEST
 from specbeam.placement import agreed
 
 _CLEARLY = 1.03  # a gain below this is noise, and trying is not free
+_NEIGHBOUR = 16  # rounds until a neighbour is tried
+_TRIES = 3  # rounds of a try from plain steps: the draft has to catch up, which the others then share
 
 
 @dataclass
@@ -27,7 +30,9 @@ class Costs:
     reached: list[float] = field(default_factory=lambda: [1.0] * LONGEST)  # prior: half of them survive
     survived: list[float] = field(default_factory=lambda: [0.5] * LONGEST)
     rounds: int = 0
-    pause: int = 16  # rounds until a neighbour is tried
+    pause: int = 32  # plain steps until speculation is tried again
+    rest: int = 0  # how many of them are left
+    tries: int = 0  # rounds of a try that are left
 
 
 _known: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict[tuple, Costs]]] = WeakKeyDictionary()
@@ -55,21 +60,28 @@ class Depth:
             assert isinstance(self.fixed, int)
             return self.fixed
         costs = self.costs
+        if costs.rest:
+            costs.rest -= 1
+            return 0
         costs.rounds += 1
-        for depth in (0, 2):  # two yardsticks, then the rest by interpolation
+        for depth in (0, 1):  # two yardsticks, then the rest by interpolation
             if len(costs.seconds.get(depth, ())) < 3:  # the first of a kind pays for kernels being made
                 self.why = "measuring"
                 return depth
         best = max(range(LONGEST + 1), key=self.rate)
-        if self.rate(best) < _CLEARLY * self.rate(0):
-            best = 0
-        self.why = "best rate" if best else "does not pay"
-        if costs.rounds % costs.pause == 0:
-            other = best + 1 if best == 0 or (costs.rounds // costs.pause) % 2 else best - 1
-            costs.pause = min(2 * costs.pause, 512) if best == 0 else 16
+        if best and self.rate(best) >= _CLEARLY * self.rate(0):
+            self.why, costs.pause, costs.tries = "best rate", 32, 0
+            if costs.rounds % _NEIGHBOUR:
+                return best
             self.why = "trying"
-            return min(other, LONGEST)
-        return best
+            return min(best + 1 if (costs.rounds // _NEIGHBOUR) % 2 else best - 1, LONGEST)
+        if costs.tries:
+            costs.tries -= 1
+            self.why = "trying"
+            return max(best, 1)
+        self.why, costs.rest, costs.tries = "does not pay", costs.pause, _TRIES
+        costs.pause = min(2 * costs.pause, 2048)
+        return 0
 
     def rate(self, depth: int) -> float:
         """Expected steps per second."""
@@ -89,10 +101,10 @@ class Depth:
         slope = max((known[b] - known[a]) / (b - a), 0.0)
         return max(known[a] + slope * (depth - a), known[0])
 
-    def learn(self, depth: int, steps: list[int], seconds: list[float]) -> None:
+    def learn(self, depth: int, steps: list[int], seconds: float) -> None:
         """steps: committed by each row that goes on (one that ended says nothing about survival)."""
         costs = self.costs
-        costs.seconds.setdefault(depth, deque(maxlen=9)).append(agreed(seconds, self.models[0])[2])
+        costs.seconds.setdefault(depth, deque(maxlen=9)).append(agreed([seconds], self.models[0])[0])
         for count in steps:
             for k in range(min(depth, count)):
                 costs.reached[k] = 0.97 * costs.reached[k] + 1

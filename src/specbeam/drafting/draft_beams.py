@@ -3,7 +3,8 @@ died later, is a node.
 
 Idea: start from the target's beams and their cumulative scores, rank as the target will (processors, EOS), keep
 `draft_beams` beams per depth. Wider than the target's search, so that a beam which the target ranks a little higher
-than the draft does is still among the nodes.
+than the draft does is still among the nodes. Where the target has answered already, its scores are taken for the
+draft's. A candidate that cannot survive by them, or is far behind the last beam, is no node.
 """
 
 from __future__ import annotations
@@ -17,14 +18,17 @@ from transformers import PreTrainedModel
 
 from specbeam.decoding.request import Request
 from specbeam.drafting import Proposal
+from specbeam.drafting.answered import Answered
 from specbeam.drafting.draft_model import align
 from specbeam.engine.runner import embedding
 from specbeam.engine.support import adapt, check_lengths
-from specbeam.engine.tree import Block, TokenTree, chain, leaves
+from specbeam.engine.tree import TokenTree, branches, chain, leaves
 from specbeam.sampling import process
 
 if TYPE_CHECKING:
     from specbeam.decoding.beam import Beams
+
+UNLIKELY = 1.0  # a candidate so far behind the last beam (in log-probability) is not worth a node
 
 
 class DraftBeams:
@@ -45,80 +49,96 @@ class DraftBeams:
         self.known = embedding(draft).shape[0] - 1
         prompts = chain([[min(token, self.known) for token in row.prompt] for row in request.rows], self.tree.device)
         _, nodes = self.tree.extend(self.tree.tips([0] * len(lengths)), prompts, last_only=True)
-        beams = torch.zeros(len(lengths), num_beams, dtype=torch.long, device=self.tree.device)
-        self.tips = self.nodes = nodes.pick(beams + prompts.lengths[:, None] - 1)  # of each beam
-        self.read = [0] * len(lengths)  # of each beam's tokens
+        self.nodes = nodes.pick(prompts.lengths[:, None] - 1)
+        self.ends = [[0] * num_beams for _ in lengths]  # of each beam's last token when it was last drafted for,
+        self.seen = [0] * len(lengths)  # how many it had then,
+        self.children: list[dict[tuple[int, int], int]] = [{} for _ in lengths]  # and the nodes read below
 
-    def propose(self, beams: Sequence[Beams], limits: Sequence[int]) -> Proposal:
+    def propose(self, beams: Sequence[Beams], limits: Sequence[int], known: Sequence[Answered]) -> Proposal:
         """Nodes below each row's running beams, level by level, at most limits[b] deep."""
         rows, deepest = len(beams), max(limits)
         logits = self._catch_up(beams)
         scores = torch.tensor([row.scores for row in beams], device=logits.device)
         paths = [[row.prompt + ids for ids in state.tokens] if row.processors else []
                  for row, state in zip(self.rows, beams, strict=True)]
+        # Of the frontier: the target's nodes, and, in `place`, the proposal's (None: left out).
+        at = [row.at for row in known]
+        place: list[list[int | None]] = [[-1 - beam for beam in range(self.num_beams)] for _ in beams]
         first = 0  # number of the frontier's first node among `nodes`
         tokens: list[list[int]] = [[] for _ in beams]
         parents: list[list[int]] = [[] for _ in beams]
         for level in range(deepest):
-            log_probs = self._processed(align(logits, self.vocabulary).float().log_softmax(-1), paths)
+            logits = align(logits, self.vocabulary).float()
+            for row, nodes in enumerate(at):
+                for beam, node in enumerate(nodes):
+                    if node in known[row].logits:
+                        logits[row, beam] = known[row].logits[node]
+            log_probs = self._processed(logits.log_softmax(-1), paths)
             log_probs = log_probs.index_fill(2, self.eos, -torch.inf)  # an ended beam needs no continuation
             scores, index = (log_probs + scores[..., None]).flatten(1).topk(self.width)
             parent, token = index // log_probs.shape[-1], index % log_probs.shape[-1]
-            for row, (above, ids) in enumerate(zip(parent.tolist(), token.tolist(), strict=True)):
-                if level < limits[row]:
-                    tokens[row] += ids
-                    parents[row] += [place + first - self.num_beams if level else -1 - place for place in above]
+            made = [list(zip(*both, strict=True)) for both in zip(parent.tolist(), token.tolist(), strict=True)]
+            for row, (found, values) in enumerate(zip(made, scores.tolist(), strict=True)):
+                exact = 0
+                places: list[int | None] = []
+                for (above, one), score in zip(found, values, strict=True):
+                    sure = at[row][above] >= 0  # scored by the target: behind num_beams of these nothing survives
+                    node = place[row][above]
+                    if (node is not None and level < limits[row] and exact < self.num_beams
+                            and score >= values[self.num_beams - 1] - UNLIKELY):
+                        places.append(len(tokens[row]))
+                        tokens[row].append(one)
+                        parents[row].append(node)
+                    else:
+                        places.append(None)
+                    exact += sure
+                place[row] = places
+                at[row] = [known[row].children.get((at[row][above], one), -1) for above, one in found]
                 if paths[row]:
-                    paths[row] = [[*paths[row][place], one] for place, one in zip(above, ids, strict=True)]
+                    paths[row] = [[*paths[row][above], one] for above, one in found]
             if level + 1 < deepest:
                 logits, more = self.tree.extend(self.nodes, leaves(token.clamp(max=self.known), parent + first))
-                first = self.nodes.depth.shape[1]
-                self.nodes = self.nodes.join(more)
+                have = self.nodes.depth.shape[1]
+                for row, found in enumerate(made):
+                    self.children[row] |= {(above + first, one): have + n for n, (above, one) in enumerate(found)}
+                first, self.nodes = have, self.nodes.join(more)
         return Proposal(tokens, parents, None, [self.name] * rows, [""] * rows)
-
-    def accept(self, behind: Sequence[Sequence[int]], steps: Sequence[int], parents: Sequence[Sequence[int]]) -> None:
-        """behind: the node of the target's block (running beams first, then the proposal) that each new beam's last
-        token hangs below; parents: of every node of the block; steps: of each row, committed."""
-        have = self.nodes.depth.shape[1]
-        kept = []
-        for row, nodes in enumerate(behind):
-            unread = any(node >= have for node in nodes)  # the draft never read its deepest level
-            kept.append([parents[row][node] for node in nodes] if unread else nodes)
-            self.read[row] += steps[row] - 1 - unread  # the last token is never read yet
-        self.tips = self.nodes.pick(torch.tensor(kept, device=self.tree.device))
-
-    def follow(self, origin: Sequence[Sequence[int]]) -> None:
-        """The beams of a step that was not drafted: each goes on from `origin` [rows, beams]."""
-        self.tips = self.tips.pick(torch.tensor(origin, device=self.tree.device))
 
     def observe(self, tokens: Sequence[Sequence[int]], logits: Tensor) -> None:
         """Nothing to learn from the target."""
 
     def keep_rows(self, rows: Sequence[int]) -> None:
-        self.tips = self.tips.rows(self.tree.keep_rows(rows))
-        self.rows, self.read = [self.rows[i] for i in rows], [self.read[i] for i in rows]
+        self.nodes = self.nodes.rows(self.tree.keep_rows(rows))
+        self.rows, self.ends = [self.rows[i] for i in rows], [self.ends[i] for i in rows]
+        self.seen, self.children = [self.seen[i] for i in rows], [self.children[i] for i in rows]
 
     def _catch_up(self, beams: Sequence[Beams]) -> Tensor:
-        """Read what each beam has that the draft has not, step by step below its tip. Logits [rows, beams, …] after
-        each beam's last token; `nodes` become these last tokens."""
-        width = len(beams[0].tokens)
-        unread = [[ids[read:] for ids in row.tokens] for row, read in zip(beams, self.read, strict=True)]
-        deep = max(len(row[0]) for row in unread)
-        tokens = torch.tensor([[min(ids[at], self.known) if at < len(ids) else 0 for at in range(deep) for ids in row]
-                               for row in unread], device=self.tree.device)
-        self.read = [len(row.tokens[0]) for row in beams]
-        own = torch.arange(width, device=self.tree.device)
-        if deep == 1:
-            logits, self.nodes = self.tree.extend(self.tips, leaves(tokens, own.expand(len(beams), -1)))
-            return logits
-        lengths = torch.tensor([width * len(row[0]) for row in unread], device=self.tree.device)
-        own, depth = own.repeat(deep), torch.arange(deep, device=self.tree.device).repeat_interleave(width)
-        block = Block(tokens, own.expand(len(beams), -1), depth.expand(len(beams), -1),
-                      ((own[:, None] == own) & (depth[:, None] >= depth))[None], lengths)
-        logits, nodes = self.tree.extend(self.tips, block)
-        last = lengths[:, None] - width + own[:width]
-        self.nodes = nodes.pick(last)
-        return logits.gather(1, last[..., None].expand(-1, -1, logits.shape[-1]))
+        """Read what each beam has that the draft has not, what beams share once. Logits [rows, beams, …] after each
+        beam's last token; `nodes` become these last tokens."""
+        trees, last, have = [], [], self.nodes.depth.shape[1]
+        for row, state in enumerate(beams):
+            tokens: list[int] = []
+            parents: list[int] = []
+            children = self.children[row]
+            for path, origins in zip(state.tokens, state.origins, strict=True):
+                node = self.ends[row][origins[self.seen[row]]]
+                for token in path[self.seen[row]:]:
+                    above, node = node, children.get((node, token), -1)
+                    if node < 0:
+                        node = children[above, token] = have + len(tokens)
+                        tokens.append(min(token, self.known))
+                        parents.append(above - have if above >= have else -1 - above)
+                if node < have:  # read, but what the draft answered is forgotten
+                    node = have + len(tokens)
+                    tokens.append(min(path[-1], self.known))
+                    parents.append(above - have if above >= have else -1 - above)
+                last.append(node - have)
+            trees.append((tokens, parents))
+            self.ends[row], self.seen[row], self.children[row] = list(range(self.num_beams)), len(state.tokens[0]), {}
+        logits, nodes = self.tree.extend(self.nodes, branches(trees, self.tree.device))
+        index = torch.tensor(last, device=self.tree.device).view(len(beams), -1)
+        self.nodes = nodes.pick(index)
+        return logits.gather(1, index[..., None].expand(-1, -1, logits.shape[-1]))
 
     def _processed(self, log_probs: Tensor, paths: list[list[list[int]]]) -> Tensor:
         """log_probs [rows, width, vocabulary] after each row's processors; paths[row][place]: what lies before."""

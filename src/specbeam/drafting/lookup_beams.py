@@ -13,6 +13,7 @@ from torch import Tensor
 
 from specbeam.decoding.request import Request
 from specbeam.drafting import Proposal, make_drafter
+from specbeam.drafting.answered import Answered
 from specbeam.drafting.beam_settings import BeamSettings
 
 if TYPE_CHECKING:
@@ -27,18 +28,12 @@ class LookupBeams:
         self.drafter: Any = make_drafter(settings.lookup, target, None, request, vocabulary)
         self.prompts = [row.prompt for row in request.rows]
 
-    def propose(self, beams: Sequence[Beams], limits: Sequence[int]) -> Proposal:
+    def propose(self, beams: Sequence[Beams], limits: Sequence[int], known: Sequence[Answered]) -> Proposal:
         trees = []
         for number, (prompt, row, limit) in enumerate(zip(self.prompts, beams, limits, strict=True)):
-            known = prompt + common(row.tokens)
-            trees.append(self.drafter.branch(number, known, [prompt + ids for ids in row.tokens], row.scores, limit))
+            shared = prompt + common(row.tokens)
+            trees.append(self.drafter.branch(number, shared, [prompt + ids for ids in row.tokens], row.scores, limit))
         return Proposal([t for t, _ in trees], [p for _, p in trees], None, [self.name] * len(trees), [""] * len(trees))
-
-    def accept(self, behind: Sequence[Sequence[int]], steps: Sequence[int], parents: Sequence[Sequence[int]]) -> None:
-        """The coming beams say it too."""
-
-    def follow(self, origin: Sequence[Sequence[int]]) -> None:
-        """The same."""
 
     def observe(self, tokens: Sequence[Sequence[int]], logits: Tensor) -> None:
         self.drafter.observe(tokens, logits)
