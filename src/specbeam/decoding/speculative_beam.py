@@ -183,11 +183,8 @@ def _replay(beams: Sequence[Beams], known: Sequence[Answered], rule: Ranking, ba
     while active:
         live, states = [batch.live[i] for i in active], [now[i] for i in active]
         log_probs = log_probabilities(torch.stack([known[i].behind() for i in active]), states, batch.request, live)
-        bounds = []
-        for log_prob, i in zip(log_probs, active, strict=True):
-            missing = [beam for beam, node in enumerate(known[i].at) if node < 0]
-            log_prob[missing] = -torch.inf
-            bounds.append(max((now[i].scores[beam] for beam in missing), default=-torch.inf))
+        bounds = [max((score for score, node in zip(now[i].scores, known[i].at, strict=True) if node < 0),
+                      default=-torch.inf) for i in active]
         after, ended, ranked = step(states, log_probs, rule, batch.request, live)
         taken = [n for n, bound in enumerate(bounds) if _certain(ranked, n, bound, rule, batch.request.trace)]
         batch.watch(Ranked._make([column[n] for n in taken] for column in ranked), [live[n] for n in taken])
@@ -209,6 +206,6 @@ def _certain(ranked: Ranked, row: int, bound: float, rule: Ranking, everything: 
     ranked. everything: for a search tree the spare candidates matter too."""
     if bound == -torch.inf:
         return True
-    last = max(rule.num_beams - 1, *ranked.chosen[row])
+    last = max(ranked.chosen[row])
     scores = ranked.scores[row][: last + 2]  # with the first that does not matter
     return not everything and last < rule.keep - 1 and scores[last] > bound and len(set(scores)) == len(scores)
