@@ -14,6 +14,7 @@ test: $(STAMP)  ## everything but the heavy tests
 test-all: $(STAMP)  ## also what needs a browser (Debian: apt-get install chromium) or minutes
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,browser,figures]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
+	$(MAKE) test-machines
 
 test-machines: $(STAMP)  ## Ray, Hydra's launchers, two processes, lm-eval, the notebook, a server: 20 minutes, large packages
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
