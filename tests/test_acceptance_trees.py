@@ -241,7 +241,7 @@ def test_a_mistake_in_the_rule_for_trees_is_caught(right, wrong, kind):
     (".clamp(max=1.0)", ""),
     ("lengths == i + 1, weight,", "lengths == i + 1, p_token[:, i] / q_token[:, i],"),
     ("left / (left + 1 - weight)", "weight"),
-    ("accepted, scale, uniform)", "accepted, scale * 0 + 1, uniform)"),
+    ("accepted, scale, uniform, draw)", "accepted, scale * 0 + 1, uniform, draw)"),
 ], ids=["weight above one", "last token alone", "prefix by its weight", "residual of p, not of w p"])
 def test_a_mistake_in_block_verification_is_caught(right, wrong):
     rule = mutated(acceptance, "block_verification", right, wrong)
