@@ -116,8 +116,7 @@ def load_pair_with_tokenizers(
 
     require_draft(target, draft, ["load_pair"])
     assert draft is not None
-    check_runner(runner, precision)
-    check_runner(runner, draft_precision)
+    check_runner(runner, precision, draft_precision)
     check_placement(device_map, tp_plan, runner)
     place = resolve_device(device)
     kind = resolve_dtype(dtype, place)

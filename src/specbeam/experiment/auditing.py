@@ -37,8 +37,7 @@ def run_audit(config: dict[str, Any], console: Console) -> int:
     draft = check_draft(methods, target, model_path(config, "draft"))
     for dtype in dtypes:
         check_device_and_dtype(config["device"], dtype)
-    for precision in (config["precision"], config["draft"].get("precision")):
-        check_runner(config["runner"] or "auto", precision)
+    check_runner(config["runner"] or "auto", config["precision"], config["draft"].get("precision"))
     prompts = prompts_from_config(config)
 
     from specbeam.audit import audit

@@ -131,8 +131,7 @@ def check(config: dict[str, Any]) -> None:
         raise InputError("target.path is null: give bundled, a folder or a hub id.")
     named_drafts(config)
     check_device_and_dtype(config["device"], config["dtype"])
-    for precision in (config["precision"], config["draft"].get("precision")):
-        check_runner(config["runner"] or "auto", precision)
+    check_runner(config["runner"] or "auto", config["precision"], config["draft"].get("precision"))
     prompts_from_config(config)
 
 

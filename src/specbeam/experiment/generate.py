@@ -42,8 +42,7 @@ def generate(prompt: str, config: dict[str, Any], console: Console) -> int:
         raise InputError("target.path is null: give bundled, a folder or a hub id.")
     draft = check_draft((method,), target, model_path(config, "draft"))
     check_device_and_dtype(config["device"], config["dtype"])
-    for precision in (config["precision"], config["draft"].get("precision")):
-        check_runner(config["runner"] or "auto", precision)
+    check_runner(config["runner"] or "auto", config["precision"], config["draft"].get("precision"))
     with console.status("loading models"):
         models = Models(target, draft, config["device"], config["dtype"], method.same_vocabulary, config["runner"],
                         config["precision"], draft_precision=config["draft"].get("precision"))

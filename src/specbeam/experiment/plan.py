@@ -213,8 +213,7 @@ def make_plan(config: dict[str, Any]) -> Plan:
 
     check_executor(config)
     check_device_and_dtype("auto" if config["executor"] == "ray" else config.get("device"), config.get("dtype"))
-    for precision in (config.get("precision"), config["draft"].get("precision")):
-        check_runner(config.get("runner") or "auto", precision)
+    check_runner(config.get("runner") or "auto", config.get("precision"), config["draft"].get("precision"))
     check_placement(config.get("device_map"), None, config.get("runner") or "auto")
     from specbeam.experiment.quality import check_evaluator, check_metrics
 
