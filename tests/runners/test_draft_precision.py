@@ -17,8 +17,9 @@ pytest.importorskip("openvino", reason="openvino is not installed")
 TEXTS = ["Translate English to German: The children are playing.", "What is 47 + 38?"]
 
 
-def test_on_a_cpu_the_draft_alone_has_int8_weights():
-    target, draft, _ = specbeam.load_pair(device="cpu")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_on_a_cpu_the_draft_alone_has_int8_weights(dtype):
+    target, draft, _ = specbeam.load_pair(device="cpu", dtype=dtype)
     assert adapt(target).runner.name == "openvino" and adapt(draft).runner.name == "openvino int8"
 
 

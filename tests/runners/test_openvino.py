@@ -260,15 +260,21 @@ def test_bfloat16_differs_at_near_ties_only(caplog):
             assert logits[b[place]] - logits[a[place]] < 0.1 * logits.abs().max()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_weights_are_nearly_the_models_own(dtype):
+    target, ids = tiny_model("llama", seed=5).to(dtype), prompts((9,))
+    assert use_runner(target, "openvino", "int8") == "openvino int8"
+    tree = TokenTree(adapt(target), 1, 16)
+    rounded = tree.extend(tree.tips([0]), chain([ids[0].tolist()], tree.device))[0]
+    error = (rounded - target(ids[0][None]).logits).abs().max()
+    assert 1e-3 < error < 0.1 * rounded.abs().max()
+
+
 def test_int8_is_another_target_whose_methods_agree_with_each_other():
     target, ids = model("llama"), prompts((9, 14))
     assert use_runner(target, "openvino", "int8") == "openvino int8"
     wanted = specbeam.greedy_generate(target, ids, max_new_tokens=30).tokens
     assert specbeam.speculative_generate(target, draft(), ids, max_new_tokens=30).tokens == wanted
-    tree = TokenTree(adapt(target), 1, 16)
-    rounded = tree.extend(tree.tips([0]), chain([ids[0].tolist()], tree.device))[0]
-    error = (rounded - target(ids[0][None]).logits).abs().max()
-    assert 1e-3 < error < 0.1 * rounded.abs().max()
 
 
 def test_a_model_is_converted_once_and_then_read_from_the_cache(monkeypatch, tmp_path, caplog):

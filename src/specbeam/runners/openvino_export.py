@@ -140,9 +140,9 @@ def compress(model: ov.Model) -> None:
             source = port.get_source_output().get_node()
             if source.get_type_name() != "Constant" or len(source.get_output_shape(0)) != 2:
                 continue
-            weight = source.get_data()
+            weight, kind = source.get_data(dtype=np.float32), source.get_output_element_type(0)
             axis = 1 if node.get_attributes()["transpose_b"] else 0
-            scale = np.maximum(np.abs(weight).max(axis, keepdims=True), 1e-12).astype(np.float32) / 127
-            whole = ops.constant(np.round(weight / scale).astype(np.int8))
-            port.replace_source_output(ops.multiply(ops.convert(whole, np.float32), ops.constant(scale)).output(0))
+            scale = np.maximum(np.abs(weight).max(axis, keepdims=True), 1e-12) / 127
+            whole = ops.convert(ops.constant(np.round(weight / scale).astype(np.int8)), kind)
+            port.replace_source_output(ops.multiply(whole, ops.convert(ops.constant(scale), kind)).output(0))
     model.validate_nodes_and_infer_types()
