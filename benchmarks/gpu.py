@@ -227,8 +227,8 @@ def formula(runner: str, repeats: int, lengths: list[int], shares: list[float], 
     given = prompt(target)
     eager = specbeam.greedy_generate(target, given, max_new_tokens=64).tokens[0]
     used = [specbeam.use_runner(model, runner) for model in (target, draft)]
-    plain, out = decode_rate(lambda: specbeam.greedy_generate(target, given, max_new_tokens=160), repeats)
-    alone, _ = decode_rate(lambda: specbeam.greedy_generate(draft, given, max_new_tokens=160), repeats)
+    plain, out = decode_rate(lambda: specbeam.greedy_generate(target, given, max_new_tokens=480), repeats)
+    alone, _ = decode_rate(lambda: specbeam.greedy_generate(draft, given, max_new_tokens=480), repeats)
     ratio = read_bytes(draft) / read_bytes(target)
     found: dict[str, Any] = {
         "runner": used, "plain_ms": 1000 / plain, "draft_step_ms": 1000 / alone, "step_ratio": plain / alone,
@@ -241,7 +241,7 @@ def formula(runner: str, repeats: int, lengths: list[int], shares: list[float], 
             follow(draft, wrong)
             Oracle.after, Oracle.drafts = after.tolist(), wrong.tolist()
             call = partial(specbeam.speculative_generate, target, draft, given, draft_length=gamma, drafter=drafter,
-                           max_new_tokens=160)
+                           max_new_tokens=480)
             rate, spoken = decode_rate(call, repeats, warm=int(share == shares[0]))
             trace = spoken.trace[0]
             whole = [one for one in trace.rounds if one.drafted == gamma]

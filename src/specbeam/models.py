@@ -129,6 +129,12 @@ def load_pair_with_tokenizers(
     return target_model, draft_model, ours.tokenizer, theirs.tokenizer
 
 
+def check_pair(target: str | os.PathLike[str], draft: str | os.PathLike[str]) -> None:
+    """Raise InputError, before any weight is read, for a draft that is not there or of another vocabulary."""
+    ours, theirs = _open(target, False), _open("bundled-draft" if draft == "bundled" else draft, False)
+    check_same_vocabulary(ours.tokenizer, theirs.tokenizer, ours.config, theirs.config)
+
+
 def precision_of_draft(own: str | None, runner: str, device: str, precision: str | None) -> str | None:
     """The draft's `precision`, where its `own` was left open and the target's is `precision`.
 

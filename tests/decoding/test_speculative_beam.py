@@ -24,8 +24,8 @@ from specbeam.decoding import speculative_beam as spec
 from specbeam.decoding.beam import Ranked, Ranking
 from specbeam.decoding.speculative_beam import speculative_beam_generate
 from specbeam.drafting import answered, depth
-from specbeam.drafting.answered import Answered
 from specbeam.drafting.draft_beams import DraftBeams
+from specbeam.engine.support import adapt
 from specbeam.engine.tree import TokenTree
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using the model-agnostic", "ignore:Unfeasible length")
@@ -222,38 +222,26 @@ def test_ties_end_as_in_generate(name, kind):
                 logits_processor=LogitsProcessorList([Rounded()]))
 
 
-def nodes_read(monkeypatch, target, *args, **options) -> int:
-    """By the target, after the prompts."""
-    read, extend = [0], TokenTree.extend
+@pytest.mark.parametrize("ahead", [1, 2, 5])
+@pytest.mark.parametrize("kind", ["good", "random"])
+def test_what_was_scored_once_is_not_scored_again(monkeypatch, kind, ahead):
+    """No two nodes that the target reads stand for the same text."""
+    target, extend, held, texts = model("llama"), TokenTree.extend, {}, []
 
-    def counting(self, tips, block, last_only=False):
-        read[0] += 0 if last_only or self.adapter.model is not target else int(block.lengths.sum())
-        return extend(self, tips, block, last_only)
+    def watched(self, tips, block, last_only=False):
+        logits, nodes = extend(self, tips, block, last_only)
+        if self.adapter.model is target:
+            given = (self.cache.slots[0].tolist(), nodes.depth[0].tolist(), block.tokens[0].tolist())
+            held.update({slot: (depth, token) for slot, depth, token in zip(*given, strict=True)})
+            seen = [] if last_only else nodes.visible[0, : int(block.lengths[0])]
+            texts.extend(tuple(sorted(held[slot] for slot in row.nonzero()[:, 0].tolist())) for row in seen)
+        return logits, nodes
 
-    with monkeypatch.context() as patch:
-        patch.setattr(TokenTree, "extend", counting)
-        out = speculative_beam_generate(target, *args, **options)
-    assert facts(out) == facts(beam_generate(target, args[1], **{name: value for name, value in options.items()
-                                                                 if not name.startswith("draft")}))
-    return read[0]
-
-
-def test_what_was_scored_once_is_not_scored_again(monkeypatch):
-    """Every node is proposed at most once, and a beam's last token is read only where it was not a node."""
-    target, read = model("llama"), []
-    original = Answered.add
-
-    def watched(self, last, proposal, row, first):
-        wanted = len(last) + (0 if proposal is None else len(proposal.tokens[row]))
-        tokens, parents = original(self, last, proposal, row, first)
-        read.append((len(tokens), wanted))
-        return tokens, parents
-
-    monkeypatch.setattr(Answered, "add", watched)
-    options = {"num_beams": 4, "draft_length": 2, "max_new_tokens": 20, "eos_token_id": None}
-    count = nodes_read(monkeypatch, target, good_draft("llama"), ROWS[:1], **options)
-    assert count >= sum(new for new, _ in read)
-    assert all(new <= wanted for new, wanted in read) and count < sum(wanted for _, wanted in read)
+    adapt(target)  # its probe reads trees too
+    monkeypatch.setattr(TokenTree, "extend", watched)
+    speculative_beam_generate(target, draft_of(kind, "llama"), ROWS[:1], num_beams=4, draft_length=ahead,
+                              max_new_tokens=20, eos_token_id=None)
+    assert len(texts) > 60 and len(set(texts)) == len(texts)
 
 
 def test_a_beam_that_nobody_will_go_on_from_needs_no_logits():

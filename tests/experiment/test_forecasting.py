@@ -88,6 +88,13 @@ def test_bad_input_is_one_sentence_and_status_2(arguments: list[str], said: str,
     assert not list(tmp_path.iterdir())
 
 
+def test_a_draft_of_another_vocabulary_is_refused_before_any_weight_is_read(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("specbeam.models.load_model", None)
+    draft = make_checkpoint("gpt2", tmp_path / "draft")
+    assert cli.main(["forecast", f"draft=[{draft}]", f"output_dir={tmp_path / 'run'}"]) == 2
+    assert "vocabular" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
 def test_below_five_per_cent_the_advice_is_not_to_speculate() -> None:
     slow = [line(1.02), line(0.7, length=8)]
     assert recommended(slow, 1) is None

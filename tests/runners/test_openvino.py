@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 import specbeam
 from specbeam.engine.support import adapt
-from specbeam.engine.tree import TokenTree, branches, chain, leaves
+from specbeam.engine.tree import TokenTree, branches, chain, leaves, read_prompts
 from specbeam.runners.choose import use_runner
 
 pytest.importorskip("openvino", reason="openvino is not installed")
@@ -180,6 +180,34 @@ def test_the_walk_compacts(monkeypatch):
     planted(monkeypatch, "_compact", lambda slots: calls.append(slots.length) or RIGHT_COMPACT(slots))
     assert max(errors(model("llama"))) < 1e-4
     assert len(calls) >= 2
+
+
+def joined(target: PreTrainedModel, rows: list[int]) -> torch.Tensor:
+    """Logits behind prompts that were read one after the other, and joined."""
+    ids = [prompts((9, 14))[row].tolist() for row in rows]
+    tree, tips, _ = read_prompts(adapt(target), ids[:1], 32)
+    for prompt in ids[1:]:
+        more, its, _ = read_prompts(adapt(target), [prompt], 32)
+        tips = tree.join(tips, more, its)
+    tokens = torch.full((len(rows), 1), 5)
+    return tree.extend(tips, leaves(tokens, torch.zeros_like(tokens)))[0]
+
+
+def test_bfloat16_keys_and_values_stay_what_they_are_when_they_move(monkeypatch):
+    """OpenVINO shows their bits as float16."""
+    target = tiny_model("llama", seed=5).to(torch.bfloat16)
+    assert use_runner(target, "openvino") == "openvino"
+    still, alone = list(walk(target)), torch.cat([joined(target, [row]) for row in (0, 1)])
+    monkeypatch.setattr(backend, "_SLACK", 2)
+
+    def moved():
+        pairs = [*zip(walk(target), still, strict=True), (joined(target, [0, 1]), alone)]
+        return [((ours - theirs).abs().max() / theirs.abs().max()).item() for ours, theirs in pairs]
+
+    assert max(moved()) < 0.05
+    monkeypatch.setattr(backend, "_tensor", lambda bits, kind: backend.ov.Tensor(bits.numpy()))
+    *walked, together = moved()
+    assert max(walked) > 0.5 and together > 0.5
 
 
 METHODS = {

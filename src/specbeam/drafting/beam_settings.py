@@ -74,5 +74,6 @@ class BeamSettings:
                              "use drafter=token_recycling.")
         self.lookup.check(draft)
         if self.most_nodes > MOST_NODES:
-            raise InputError(f"a round may propose {self.most_nodes} nodes (width × depth), but at most {MOST_NODES} "
-                             "are worth a forward: give a smaller draft_length, draft_beams, branches or tree_nodes.")
+            raise InputError(f"draft_length is {self.draft_length!r}: a round may propose {self.most_nodes} nodes "
+                             f"(width × depth), but at most {MOST_NODES} are worth a forward; give a smaller "
+                             "draft_length, draft_beams, branches or tree_nodes.")

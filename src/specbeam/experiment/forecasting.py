@@ -179,11 +179,14 @@ def _from_models(config: dict[str, Any], lengths: list[int], batch_sizes: list[i
     from specbeam.decoding.sample import sample_generate
     from specbeam.engine.support import adapt
     from specbeam.hardware import size_of
-    from specbeam.models import check_same_vocabulary, load_model, precision_of_draft, resolve_device
+    from specbeam.models import check_pair, load_model, precision_of_draft, resolve_device
 
     given: dict[str, Any] = {"device": config["device"] or "auto", "dtype": config["dtype"] or "auto",
                              "runner": config["runner"] or "auto", "precision": config["precision"]}
     target_path = str(model_path(config, "target"))
+    drafts = named_drafts(config)
+    for path in filter(None, drafts.values()):
+        check_pair(target_path, path)
     with console.status("loading the target"):
         target, tokenizer = load_model(target_path, **given)
     method = _method(config)
@@ -210,15 +213,14 @@ def _from_models(config: dict[str, Any], lengths: list[int], batch_sizes: list[i
     costs: dict[tuple[str, int], Costs] = {}
     others = records.OthersLoad()
     sizes = {"target": list(asdict(size_of(target.config)).values())}
-    for name, path in named_drafts(config).items():
+    for name, path in drafts.items():
         with console.status(f"draft {name}"):
             draft = None
             if path is not None:
                 precision = precision_of_draft(config["draft"].get("precision"), given["runner"],
                                                resolve_device(given["device"]), config["precision"])
                 path = "bundled-draft" if path == "bundled" else path
-                draft, theirs = load_model(path, **{**given, "precision": precision})
-                check_same_vocabulary(tokenizer, theirs, target.config, draft.config)
+                draft, _ = load_model(path, **{**given, "precision": precision})
                 sizes[name] = list(asdict(size_of(draft.config)).values())
             chances[name] = forced_chances(target, draft, answers, max(lengths), temperature, config["ngram"],
                                            **options)

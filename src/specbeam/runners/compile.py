@@ -34,8 +34,16 @@ def make(adapter: Adapter, precision: str | None = None) -> Runner:
     """Raises RuntimeError, with the reason, for a model whose layers cannot be found."""
     if adapter.device.type == "cuda":
         graph.check_device(adapter)
-        return by_layer(adapter, "inductor", _CUDA, graph.OnCuda())
+        return by_layer(adapter, "inductor", _CUDA | _early(adapter.device), graph.OnCuda())
     return graph.runner("compile", None, Whole(torch.compile(_forward, fullgraph=True, dynamic=False, options=_CPU)))
+
+
+def _early(device: torch.device) -> dict[str, Any]:
+    """Hopper and later: a kernel begins while the one before it ends (programmatic dependent launch)."""
+    import torch._inductor.config as inductor
+
+    able = torch.cuda.get_device_capability(device) >= (9, 0) and hasattr(inductor.triton, "enable_pdl")
+    return {"triton.enable_pdl": True} if able else {}
 
 
 def by_layer(adapter: Adapter, backend: str, options: dict[str, Any] | None, record: graph.Record | None) -> Runner:

@@ -106,7 +106,7 @@ class StateSlots:
             rows = [torch.from_numpy(one.state.data)[torch.from_numpy(slots.order).long()]
                     for one, slots in ((state, self), (its[state.name], more))]
             both = [torch.nn.functional.pad(kept, (0, 0, 0, longest - kept.shape[2])) for kept in rows]
-            state.state = ov.Tensor(torch.cat(both).numpy())
+            state.state = _tensor(torch.cat(both), state.state.element_type)
         for slots in (self, more):
             slots.owner = torch.nn.functional.pad(slots.owner[:, : slots.length], (0, longest - slots.length))
             slots.alive = torch.nn.functional.pad(slots.alive[:, : slots.length + 1], (0, longest - slots.length))
@@ -194,7 +194,7 @@ class StateSlots:
         for state in self.request.query_state():
             kept = torch.from_numpy(state.state.data)[torch.from_numpy(self.order).long()]
             index = order[:, None, :, None].expand(-1, kept.shape[1], -1, kept.shape[3])
-            state.state = ov.Tensor(kept.gather(2, index).numpy())
+            state.state = _tensor(kept.gather(2, index), state.state.element_type)
         self._in_order(len(order))
         self.length = order.shape[1]
         owner, hidden = owner.gather(1, order), hidden.gather(1, order)
@@ -206,3 +206,10 @@ class StateSlots:
         place = torch.zeros(len(owner), self.capacity + 1, dtype=torch.long)  # one column for the dead
         place.scatter_(1, torch.where(hidden, self.capacity, owner), (places + 1).expand_as(owner))
         self.place = place[:, : self.capacity]
+
+
+def _tensor(bits: Tensor, kind: ov.Type) -> ov.Tensor:
+    """Numbers as OpenVINO showed them: bfloat16 as float16 of the same bits, and it would take them for float16's."""
+    tensor = ov.Tensor(kind, list(bits.shape))
+    tensor.data[...] = bits.numpy()
+    return tensor
