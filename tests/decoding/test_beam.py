@@ -221,7 +221,7 @@ def test_control_beams_that_follow_the_wrong_parent_are_seen(monkeypatch):
 def test_control_a_pool_that_takes_spare_candidates_is_seen(monkeypatch):
     """Only the first `num_beams` of a step's candidates may end."""
     monkeypatch.setattr(beam_module, "_pool", mutated(
-        beam_module, "_pool", "ended & (torch.arange(len(ended)) < rule.num_beams)", "ended"))
+        beam_module, "_pool", "reasons[: rule.num_beams]", "reasons"))
     _worse(monkeypatch)
 
 

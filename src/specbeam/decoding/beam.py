@@ -166,10 +166,10 @@ def step(beams: Sequence[Beams], log_probs: Tensor, rule: Ranking, request: Requ
     found = [[divmod(place, vocabulary) for place in row] for row in index.tolist()]  # (origin, token)
     reasons = [endings(row.tokens, candidates, request, number, log_probs.device)
                for row, candidates, number in zip(beams, found, live, strict=True)]
-    ended = torch.tensor([[reason is not None for reason in row] for row in reasons])
     # The best candidates that do not end run on.
-    scores, chosen = ((best + ended * _NEVER) if bool(ended.any()) else best).topk(width)
-    pools = [_pool(row, best[i], ended[i], rule) for i, row in enumerate(beams)]
+    ended = [[reason is not None for reason in row] for row in reasons]
+    scores, chosen = (best + torch.tensor(ended) * _NEVER if any(map(any, ended)) else best).topk(width)
+    pools = [_pool(row, best[i], why, rule) for i, (row, why) in enumerate(zip(beams, reasons, strict=True))]
     after = [
         Beams([[*row.tokens[candidates[j][0]], candidates[j][1]] for j in runs],
               [[*row.origins[candidates[j][0]], candidates[j][0]] for j in runs], values,
@@ -198,12 +198,14 @@ def endings(tokens: Sequence[list[int]], candidates: Sequence[tuple[int, int]], 
     return ["eos" if token in request.eos else reason for (_, token), reason in zip(candidates, reasons, strict=True)]
 
 
-def _pool(row: Beams, best: Tensor, ended: Tensor, rule: Ranking) -> tuple[list[float], list[int]] | None:
-    """Scores and places (in the pool before, or num_beams + candidate) of the finished pool, now that some candidates
-    ended; best: their scores. None: it stays as it is."""
-    enters = ended & (torch.arange(len(ended)) < rule.num_beams)  # the candidates behind are only spare
-    if not bool(enters.any()):
+def _pool(row: Beams, best: Tensor, reasons: Sequence[str | None], rule: Ranking
+          ) -> tuple[list[float], list[int]] | None:
+    """Scores and places (in the pool before, or num_beams + candidate) of the finished pool, now that candidates of
+    these scores ended for these reasons. None: it stays as it is."""
+    ends = [reason is not None for reason in reasons[: rule.num_beams]]  # the candidates behind are only spare
+    if not any(ends):
         return None
+    enters = torch.tensor(ends + [False] * (len(reasons) - len(ends)))
     score = best / (len(row.tokens[0]) + 1) ** rule.length_penalty + ~enters * _NEVER
     values, places = torch.cat([torch.tensor([one.score for one in row.finished]), score]).topk(rule.num_beams)
     return values.tolist(), places.tolist()

@@ -104,9 +104,15 @@ def _numbers(count: int, device: torch.device) -> Tensor:
 
 def leaves(tokens: Tensor, tip: Tensor) -> Block:
     """One new node below each named tip; tokens, tip: [rows, new] long."""
-    rows, new = tokens.shape
-    own = torch.eye(new, dtype=torch.bool, device=tokens.device)[None]
-    return Block(tokens, tip, torch.zeros_like(tokens), own, torch.full((rows,), new, device=tokens.device), even=True)
+    depth, own, lengths = _leaf_shape(*tokens.shape, tokens.device)
+    return Block(tokens, tip, depth, own, lengths, even=True)
+
+
+@lru_cache(64)
+def _leaf_shape(rows: int, new: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """depth, ancestors and lengths of leaves: the same ones in every step."""
+    own = torch.eye(new, dtype=torch.bool, device=device)[None]
+    return torch.zeros(rows, new, dtype=torch.long, device=device), own, torch.full((rows,), new, device=device)
 
 
 def branches(trees: Sequence[tuple[Sequence[int], Sequence[int]]], device: torch.device) -> Block:

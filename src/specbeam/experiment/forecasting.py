@@ -185,8 +185,9 @@ def _from_models(config: dict[str, Any], lengths: list[int], batch_sizes: list[i
                              "runner": config["runner"] or "auto", "precision": config["precision"]}
     target_path = str(model_path(config, "target"))
     drafts = named_drafts(config)
-    for path in filter(None, drafts.values()):
-        check_pair(target_path, path)
+    for path in drafts.values():
+        if path is not None:
+            check_pair(target_path, path)
     with console.status("loading the target"):
         target, tokenizer = load_model(target_path, **given)
     method = _method(config)
