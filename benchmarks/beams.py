@@ -4,8 +4,8 @@
 
 Bundled pair, translation and short-answer prompts. Every output is checked: in fp32 the tokens must be those of our
 beam search. Beside speed: the time outside forwards, how often the target's next beams were all among the draft's
-(the ceiling of any speculation: steps a round with a free draft and free verification), and the memory of keys and
-values for a 1,500-token prompt and 8 beams.
+(steps a round with a free draft and free verification), what that could be worth at most with this machine's forwards,
+and the memory of keys and values for a 1,500-token prompt and 8 beams.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 import specbeam
 from specbeam.decoding import METHODS
 from specbeam.engine import tree
+from specbeam.engine.support import adapt, evaluating
 from specbeam.experiment.prompts import BUNDLED, read_prompts
 
 CATEGORIES = ("translation", "arithmetic", "instruction")
@@ -99,8 +100,10 @@ def measure(dtype: str, runner: str, repeats: int, widths: list[int], count: int
             show(found[-1])
         if "ceiling" in leave_out:
             continue
-        found.append({"dtype": dtype, "width": width, "ceiling": ceiling(target, draft, prompts, width)})
-        print(f"  steps a round that {CEILING} steps ahead reach, by draft beams: {found[-1]['ceiling']}", flush=True)
+        steps, most = ceiling(target, draft, prompts, width), bound(target, draft, prompts, width)
+        found.append({"dtype": dtype, "width": width, "ceiling": steps, "bound": most})
+        print(f"  steps a round that {CEILING} steps ahead reach, by draft beams: {steps}\n"
+              f"  times beam at most, by steps ahead: {most}", flush=True)
     tree.TokenTree.extend.__globals__["forward"] = plain
     return found
 
@@ -113,6 +116,32 @@ def ceiling(target: Any, draft: Any, prompts: list[Any], width: int) -> dict[int
             target, draft, prompt, num_beams=width, draft_beams=wide, draft_length=CEILING, max_new_tokens=40
         ).trace[0].rounds]
         found[wide] = round(sum(one.committed for one in rounds) / max(len(rounds), 1), 2)
+    return found
+
+
+def bound(target: Any, draft: Any, prompts: list[Any], width: int) -> dict[int, float]:
+    """What any draft that agrees as often could reach, by steps ahead: steps a round ÷ what a round costs in plain
+    steps if the draft is free, no node is proposed in vain (`width` at each depth) and nothing but forwards takes time.
+    """
+    adapter = adapt(target)
+    taken: dict[int, list[float]] = {ahead: [] for ahead in range(CEILING + 1)}
+    with torch.inference_mode(), evaluating(target):
+        for prompt in prompts * 3:
+            for ahead, seconds in taken.items():
+                grown, tips, _ = tree.read_prompts(adapter, prompt.tolist(), 256)
+                tokens = torch.full((1, width * (ahead + 1)), 9)
+                for _ in range(2):  # the first after a prompt is slower
+                    start = perf_counter()
+                    grown.extend(tips, tree.leaves(tokens, torch.zeros_like(tokens)))
+                    last = perf_counter() - start
+                seconds.append(last)
+    found = {}
+    for ahead in range(1, CEILING + 1):
+        rounds = [one for prompt in prompts for one in specbeam.speculative_beam_generate(
+            target, draft, prompt, num_beams=width, draft_beams=2 * width + 2, draft_length=ahead, max_new_tokens=40
+        ).trace[0].rounds]
+        steps = sum(one.committed for one in rounds) / max(len(rounds), 1)
+        found[ahead] = round(steps * median(taken[0]) / median(taken[ahead]), 2)
     return found
 
 

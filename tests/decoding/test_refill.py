@@ -12,6 +12,8 @@ from tiny import prompts, tiny_draft, tiny_model
 
 import specbeam
 from specbeam.decoding import METHODS
+from specbeam.drafting import Settings
+from specbeam.drafting.length import _of_pair
 from specbeam.engine.support import adapt
 from specbeam.engine.tree import TokenTree, chain, read_prompts
 
@@ -53,6 +55,19 @@ def test_every_row_answers_as_if_it_were_alone(name: str) -> None:
         together = generate(kind, target, rows, **options, seed=0, batch_size=size)
         assert together.tokens == alone
         assert all(len(trace.sources) == len(row) for trace, row in zip(together.trace, alone, strict=True))
+
+
+@pytest.mark.parametrize("drafter", ["draft_model", "combined", "prompt_lookup", "token_recycling"])
+def test_a_pause_from_an_earlier_call_may_end_in_the_middle_of_answers(drafter: str) -> None:
+    target, rows = tiny_model("llama"), prompts(LENGTHS)
+    draft = tiny_draft(target) if drafter in ("draft_model", "combined") else None
+    learned, _ = _of_pair(Settings(drafter, "auto"), target, draft)
+    learned.left = 5
+    out = specbeam.speculative_generate(target, draft, rows, drafter=drafter, draft_length="auto", max_new_tokens=ROOM,
+                                        batch_size=2)
+    assert out.tokens == specbeam.greedy_generate(target, rows, max_new_tokens=ROOM).tokens
+    rounds = [one for trace in out.trace for one in trace.rounds]
+    assert rounds[0].why != "length" and any(one.drafted for one in rounds)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

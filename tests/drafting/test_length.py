@@ -236,6 +236,14 @@ def test_what_a_round_taught_is_by_confidence_and_ends_at_the_first_rejection(ta
     assert list(chosen.costs.tokens) == [3]
 
 
+@pytest.mark.parametrize("left", [2, 0])
+def test_what_was_cut_from_a_proposal_teaches_nothing(target, draft, left):
+    chosen = auto(target, draft)
+    cut = replace(proposal(8, confidence=0.85), tokens=[[7] * left], parents=[list(range(-1, left - 1))])
+    chosen.round_done(cut, [list(range(left))], [left + 1], [0.4, 1.0, 1.5], left + 1)
+    assert (chosen.learned.tried[8], chosen.learned.kept[8]) == (left, left)
+
+
 def test_what_was_learned_stays_with_the_pair_from_prompt_to_prompt(target, draft):
     learned(target, draft)
     assert auto(target, draft).limits([8]) == [8]

@@ -26,7 +26,7 @@ from specbeam.drafting.length import Length
 from specbeam.engine.support import adapt, check_lengths, evaluating
 from specbeam.engine.tree import Block, branches, chain, read_prompts
 from specbeam.errors import InputError
-from specbeam.runners.chains import Chains, sent, shape_of
+from specbeam.runners.chains import Chains, shape_of
 from specbeam.sampling import process, refuse_nothing, uniforms
 from specbeam.trace import GenerationOutput
 
@@ -87,9 +87,10 @@ def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
     drafter: Drafter | None = None  # as long as it does not pay: then nothing is read for it
 
     def drafter_of(rows: Sequence[int]) -> Drafter:
-        """One that has read these rows so far."""
+        """One that has read these rows so far, in the middle of an answer all but its last token."""
         states = [batch.rows[row] for row in rows]
-        part = [replace(request.rows[row], prompt=state.sequence, max_new_tokens=state.remaining)
+        part = [replace(request.rows[row], prompt=state.prompt + state.tokens[:-1],
+                        max_new_tokens=state.remaining + bool(state.tokens))
                 for row, state in zip(rows, states, strict=True)]
         return make_drafter(settings, target, draft, replace(request, rows=part), vocabulary)
 
@@ -158,7 +159,7 @@ def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
                 batch, chains, drafter, limits, length, settings.acceptance)
         batch.phases["draft"].append((start, drafted))
         batch.phases["verify"].append((drafted, verified))
-        became = []
+        became, done = [], []
         for i, (row, path) in enumerate(zip(batch.live, paths, strict=True)):
             ids: list[int] = [] if proposal is None else proposal.tokens[i]
             parents: list[int] = [] if proposal is None else proposal.parents[i]
@@ -167,11 +168,13 @@ def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
             last_source = "plain" if not ids else "correction" if (path[-1] if path else -1) in parents else "bonus"
             count = batch.commit(row, [*(ids[node] for node in path), following[i]],
                                  ["draft" if name == "draft_model" else name] * len(path) + [last_source])
-            batch.round_done(row, start, ids, min(len(path), count), count, parents, name, length.why[i])
             became.append(count)
-        batch.phases["accept"].append((verified, batch.clock.mark()))
+            done.append((row, start, ids, min(len(path), count), count, parents, name, length.why[i]))
+        end = batch.clock.mark()
+        for facts in done:
+            batch.round_done(*facts, end=end)
+        batch.phases["accept"].append((verified, end))
         if length.auto:
-            end = batch.clock.mark()
             spans = [(start, drafted), (drafted, verified), (start, end)]
             length.round_done(proposal, paths, became, [batch.clock.seconds(*span) for span in spans],
                               width)
@@ -199,7 +202,7 @@ def _recorded(batch: Batch, chains: Chains, drafter: Any, limits: list[int], len
             counts, q = [len(ids) for ids in proposal.tokens], proposal.q
     if begun is None:
         given = [[]] * len(texts) if proposal is None else proposal.tokens
-        ids = sent(torch.tensor([[*row, *[0] * (max(counts) - len(row))] for row in given], dtype=torch.long), device)
+        ids = torch.tensor([[*row, *[0] * (max(counts) - len(row))] for row in given], dtype=torch.long)
     else:
         ids, q = begun[0].to(device), begun[1] if len(begun) > 1 else None
     drafted, uniform, rule = batch.clock.mark(), None, None

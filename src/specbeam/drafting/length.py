@@ -115,7 +115,7 @@ class Costs:
     @property
     def few(self) -> bool:
         """Whether what a longer forward costs is not known yet."""
-        return sum(count for _, count, _ in self.longer) < _ENOUGH
+        return sum(len(some) for new, some in self.verify.items() if new > 1) < _ENOUGH
 
     def prices(self) -> Prices:
         """What was measured, and the guess where nothing was."""
@@ -132,7 +132,8 @@ class Costs:
     def usual(self, steps: int, new: int) -> float:
         """Plain rounds that one with so many draft steps and new tokens takes, as they mostly do."""
         draft = steps * median(self.draft) if steps else 0.0
-        return 1 + (draft + median(self.verify[new]) - median(self.verify[1])) / median(self.plain)
+        more = median(self.verify[new]) - median(self.verify[1]) if new > 1 else 0.0
+        return 1 + (draft + more) / median(self.plain)
 
     def forget(self) -> None:
         """The oldest measurements of longer forwards: what seems to be too dear is measured again some day."""
@@ -166,7 +167,7 @@ class Length:
         self.settings, self.looks_up = settings, draft is None
         self.reach = [1.0] * rows  # P(all proposed so far accepted), of the running round
         self.why = [""] * rows
-        self.prices, self.frozen = Prices(), bool(settings.costs)
+        self.prices, self.stale, self.frozen = Prices(), False, bool(settings.costs)
         if settings.costs:
             self.learned, self.prices = read_costs(settings.costs)
         elif self.auto:
@@ -203,10 +204,9 @@ class Length:
             self.why = ["does not pay"] * len(most)
             self.learned.left -= not self.frozen
         else:
-            if not self.frozen:
-                self.prices = self.costs.prices()
-                if self.costs.few:
-                    return [min(_CAUTIOUS, n) for n in most]
+            self.stale = not self.frozen
+            if self.stale and self.costs.few:
+                return [min(_CAUTIOUS, n) for n in most]
             return list(most)
         return [0] * len(most)
 
@@ -220,15 +220,22 @@ class Length:
         elif self.auto:
             for row in rows:
                 self.reach[row] *= self.learned.acceptance(confidence[row])
+            self._price()
             kept = self._worth({row: self.reach[row] for row in rows}, self.prices.token)
         else:
             return list(wanted)
         return [row in kept for row in range(len(wanted))]
 
+    def _price(self) -> None:
+        """Once a round, and only where something may be proposed: it takes a tenth of a millisecond."""
+        if self.stale:
+            self.prices, self.stale = self.costs.prices(), False
+
     def reads_on(self, wanted: Sequence[bool]) -> list[bool]:
         """Which of the `wanted` rows another draft forward is worth its time for, before its outcome is known."""
         if not self.auto:
             return list(wanted)
+        self._price()
         kept = self._worth({row: self.reach[row] * self.learned.usual for row, here in enumerate(wanted) if here},
                            self.prices.token + self.prices.draft)
         return [row in kept for row in range(len(wanted))]
@@ -249,8 +256,9 @@ class Length:
 
     def trim(self, proposal: Proposal) -> Proposal:
         """Cut proposals that were not drawn to what pays: each of their tokens is a function of its prefix."""
-        if not self.auto or proposal.q is not None:
+        if not self.auto or proposal.q is not None or not any(proposal.tokens):
             return proposal
+        self._price()
         chances: list[list[float]] = []
         for row, above in enumerate(proposal.parents):
             sure = proposal.confidence[row] if proposal.confidence else [UNKNOWN] * len(above)
@@ -291,10 +299,11 @@ class Length:
         steps = proposal.forwards or int(self.looks_up)  # looking something up is a step too
         if steps:
             costs.draft.append(draft / steps)
-        learned.tried, learned.kept = ([_MEMORY * n for n in counts] for counts in (learned.tried, learned.kept))
+        if any(proposal.tokens):
+            learned.tried, learned.kept = ([_MEMORY * n for n in counts] for counts in (learned.tried, learned.kept))
         for row, ids in enumerate(proposal.tokens):
             sure = proposal.confidence[row] if proposal.confidence else [UNKNOWN] * len(ids)
-            for depth, confidence in enumerate(sure[: len(paths[row]) + 1]):
+            for depth, confidence in enumerate(sure[: min(len(ids), len(paths[row]) + 1)]):  # not what was cut
                 learned.learn(confidence, depth < len(paths[row]))
         tokens = sum(committed) / len(committed)
         if any(proposal.tokens):

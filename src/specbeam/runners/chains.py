@@ -135,13 +135,15 @@ class Chains:
 
     def verify(self, proposed: Tensor, lengths: Sequence[int], texts: Sequence[list[int]], rule: Callable | None,
                uniform: Tensor | None, q: Tensor | None) -> Callable[[], list[list[int]]]:
-        """Begin to check proposals [rows, count], of which lengths[b] are meant; what it gives waits for, per row: how
-        many are accepted, the token that follows them, and the proposed ones. rule: of acceptance.py, when sampling;
-        uniform: [rows, count + 1], q: [rows, ≥ count, vocabulary], as it wants them."""
+        """Begin to check proposals [rows, count] (still on the host, or not), of which lengths[b] are meant; what it
+        gives waits for, per row: how many are accepted, the token that follows them, and the proposed ones. rule: of
+        acceptance.py, when sampling; uniform: [rows, count + 1], q: [rows, ≥ count, vocabulary], as it wants them."""
         device, count = self.tree.device, proposed.shape[1]
         q = q[:, :count] if q is not None and count else None
-        [answer] = self.run(_verify, (rule,), texts, max(map(len, texts)) + count, proposed,
-                            sent(torch.tensor(lengths), device),
+        meant = torch.tensor(lengths)[:, None]
+        asked = torch.cat([proposed, meant if proposed.device == meant.device else sent(meant, device)], 1)
+        [answer] = self.run(_verify, (rule,), texts, max(map(len, texts)) + count,
+                            asked if asked.device == device else sent(asked, device),
                             None if uniform is None else sent(uniform, device), q)
         return seen(answer)
 
@@ -221,10 +223,11 @@ def _propose(adapter: Adapter, slots: Any, view: int, shape: Shape, count: int, 
 
 def _verify(adapter: Adapter, slots: Any, view: int, shape: Shape, rule: Any, last: Tensor, depth: Tensor,
             *more: Tensor) -> tuple[Tensor, ...]:
-    """more: texts (of a history), proposed [rows, count], lengths [rows], and uniform numbers and q (of a rule)."""
-    proposed, lengths, *drawn = more[shape.history :]
-    tokens, count = torch.cat([last, proposed], 1), proposed.shape[1]
-    lengths = lengths.clamp(max=count)  # of rows that idle along
+    """more: texts (of a history), proposals and their lengths [rows, count + 1], and uniform numbers and q (of a
+    rule)."""
+    asked, *drawn = more[shape.history :]
+    proposed, count = asked[:, :-1], asked.shape[1] - 1
+    tokens, lengths = torch.cat([last, proposed], 1), asked[:, -1].clamp(max=count)  # of rows that idle along
     logits, positions = _read(adapter, slots, view, tokens, depth)
     texts = [one.scatter(1, positions, tokens) for one in more[: shape.history]]
     scores = shape.scores(logits, texts[0] if texts else None, positions)
