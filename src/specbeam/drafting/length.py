@@ -63,7 +63,8 @@ class Prices:
 
 @dataclass
 class Learned:
-    """Of one pair of models and one drafter, however many rows."""
+    """Of one pair of models, one drafter and one size of context (drafts that learnt from short texts are worse on
+    long ones), however many rows."""
 
     tried: list[float] = field(default_factory=lambda: [0.0] * _BUCKETS)  # by confidence
     kept: list[float] = field(default_factory=lambda: [0.0] * _BUCKETS)
@@ -147,11 +148,12 @@ class Costs:
 _known: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict[tuple, Any]]] = WeakKeyDictionary()
 
 
-def _of_pair(settings: Settings, target: Any, draft: Any) -> tuple[Learned, dict[tuple[int, int], Costs]]:
-    """What is known of these models with this drafter: of acceptance, and of costs by rows and size of context."""
+def _of_pair(settings: Settings, target: Any, draft: Any
+             ) -> tuple[defaultdict[int, Learned], dict[tuple[int, int], Costs]]:
+    """What is known of these models with this drafter: of acceptance by size of context, of costs by rows and it."""
     known = _known.setdefault(target, WeakKeyDictionary()).setdefault(target if draft is None else draft, {})
     return known.setdefault((settings.drafter, settings.vocabulary, settings.exit_layer, settings.branches,
-                             settings.corpus, settings.temperature > 0), (Learned(), {}))
+                             settings.corpus, settings.temperature > 0), (defaultdict(Learned), {}))
 
 
 class Length:
@@ -171,7 +173,8 @@ class Length:
         if settings.costs:
             self.learned, self.prices = read_costs(settings.costs)
         elif self.auto:
-            self.learned, self.known = _of_pair(settings, target, draft)
+            learned, self.known = _of_pair(settings, target, draft)
+            self.learned = learned[self.size]
             self.keep_rows(range(rows))
             if self.learned.left <= room:
                 self.learned.left = 0
@@ -299,8 +302,7 @@ class Length:
         steps = proposal.forwards or int(self.looks_up)  # looking something up is a step too
         if steps:
             costs.draft.append(draft / steps)
-        if any(proposal.tokens):
-            learned.tried, learned.kept = ([_MEMORY * n for n in counts] for counts in (learned.tried, learned.kept))
+        learned.tried, learned.kept = ([_MEMORY * n for n in counts] for counts in (learned.tried, learned.kept))
         for row, ids in enumerate(proposal.tokens):
             sure = proposal.confidence[row] if proposal.confidence else [UNKNOWN] * len(ids)
             for depth, confidence in enumerate(sure[: min(len(ids), len(paths[row]) + 1)]):  # not what was cut
@@ -345,9 +347,10 @@ def write_costs(path: str, target: Any, draft: Any = None, rows: int = 1, **opti
     """Freeze what `draft_length="auto"` has learned so far about this pair, at this batch size. options: those of
     `speculative_generate` that it learned with (drafter, temperature, …)."""
     settings = Settings(draft_length="auto", **options)
-    learned, known = _of_pair(settings, target, draft)
-    costs = max((costs for (count, _), costs in known.items() if count == rows), key=lambda one: len(one.plain),
-                default=Costs())
+    learned_of, known = _of_pair(settings, target, draft)
+    size, costs = max(((size, costs) for (count, size), costs in known.items() if count == rows),
+                      key=lambda one: len(one[1].plain), default=(0, Costs()))
+    learned = learned_of[size]
     if not costs.plain:
         raise InputError(f"nothing was learned yet for drafter={settings.drafter} with {rows} rows and these options: "
                          "generate with draft_length=\"auto\" first.")
