@@ -102,18 +102,32 @@ def test_what_is_no_run_is_refused_in_one_sentence(tmp_path, capsys):
         assert sentence in error and error.count("\n") == 1
 
 
-def test_speedups_by_category_are_geometric_means_over_its_prompts():
-    def row(method, prompt, category, seconds, repeat=0):
-        return {"method": method, "prompt_id": prompt, "turn": 0, "category": category, "status": "ok",
-                "repeat": repeat, "new_tokens": 11, "first_tokens": 1, "decode_seconds": seconds}
+FAST = {"greedy": {"kind": "greedy", "speedup": {}}, "fast": {"kind": "speculative", "speedup": {"greedy": {}}}}
 
-    methods = {"greedy": {"kind": "greedy", "speedup": {}}, "fast": {"kind": "speculative", "speedup": {"greedy": {}}}}
+
+def category_row(method, prompt, category, seconds, batch=None):
+    return {"method": method, "prompt_id": prompt, "turn": 0, "category": category, "status": "ok", "repeat": 0,
+            "new_tokens": 11, "first_tokens": 1, "decode_seconds": seconds, "batch_id": batch or f"{method}-{prompt}"}
+
+
+def test_speedups_by_category_are_geometric_means_over_its_prompts():
+    methods = FAST
+    row = category_row
     rows = [row("greedy", "1", "qa", 1.0), row("greedy", "2", "math", 1.0), row("greedy", "3", "math", 3.0),
             row("fast", "1", "qa", 0.5), row("fast", "2", "math", 2.0), row("fast", "3", "math", 2.0)]
     found = speedups_by_category(rows, methods)
     assert found == {"fast": {"qa": [2.0], "math": [0.5, 1.5]}}
     assert ">0.87<" in category_table(rows, methods) and "0.50, 1.50" in category_table(rows, methods)
     assert category_table(rows[:1], methods) == ""
+    assert "share its speed-up" not in category_table(rows, methods)
+
+
+def test_a_batch_gives_each_category_its_own_speedup_over_the_same_prompts_decoded_alone():
+    rows = [category_row("greedy", "1", "qa", 1.0), category_row("greedy", "2", "math", 3.0),
+            category_row("greedy", "3", "math", 1.0), category_row("fast", "3", "math", 0.5),
+            *(category_row("fast", prompt, name, 2.0, "both") for prompt, name in (("1", "qa"), ("2", "math")))]
+    assert speedups_by_category(rows, FAST) == {"fast": {"qa": [2.0], "math": [2.0, 2.0]}}, "4 seconds against 2"
+    assert "share its speed-up" in category_table(rows, FAST)
 
 
 def test_the_prediction_is_leviathans_formula():

@@ -139,7 +139,7 @@ def _speedup(ours: Sequence[Row], theirs: Sequence[Row], seed: int) -> dict[str,
     `left_out` had no pair of rates."""
     rates = _paired_rates(ours, theirs)
     every = {_prompt(row) for row in (*ours, *theirs)}
-    pairs = sum(size for size, _ in rates)
+    pairs = sum(len(prompts) for prompts, _ in rates)
     names = ("median", "low", "high", "geometric_mean", "geometric_low", "geometric_high")
     result: dict[str, Any] = {
         **dict.fromkeys(names),
@@ -200,23 +200,32 @@ def _first_token(rows: Sequence[Row], seed: int) -> dict[str, float | None]:
     return result
 
 
-def _paired_rates(ours: Sequence[Row], theirs: Sequence[Row]) -> list[tuple[int, tuple[np.ndarray, np.ndarray]]]:
-    """For each unit: how many prompts it has, and both decode rates in every repeat where both have one."""
+def speedup_by_prompt(ours: Sequence[Row], theirs: Sequence[Row]) -> dict[Prompt, float]:
+    """Of each prompt that has one, its unit's speed-up; rows with status "ok"."""
+    return {prompt: float(np.median(mine) / np.median(base)) for prompts, (mine, base) in _paired_rates(ours, theirs)
+            for prompt in prompts}
+
+
+def _paired_rates(ours: Sequence[Row], theirs: Sequence[Row]
+                  ) -> list[tuple[list[Prompt], tuple[np.ndarray, np.ndarray]]]:  # fmt: skip
+    """For each unit: its prompts, and both decode rates in every repeat where both have one."""
     unit_of = _units([*ours, *theirs])
     cells: dict[tuple[int, int], tuple[list[Row], list[Row]]] = {}
     for side, rows in enumerate((ours, theirs)):
         for row in rows:
             cells.setdefault((unit_of[_prompt(row)], row["repeat"]), ([], []))[side].append(row)
-    size = Counter(unit_of.values())
+    prompts: dict[int, list[Prompt]] = {}
+    for prompt, unit in unit_of.items():
+        prompts.setdefault(unit, []).append(prompt)
     rates: dict[int, list[tuple[float, float]]] = {}
     for (unit, _), (mine, base) in cells.items():
-        if {_prompt(row) for row in mine} != {_prompt(row) for row in base} or len(mine) != size[unit]:
+        if {_prompt(row) for row in mine} != {_prompt(row) for row in base} or len(mine) != len(prompts[unit]):
             continue  # a row failed on one side: the two would be rates of different prompts
         pair = decode_rate(mine), decode_rate(base)
         if pair[0] is not None and pair[1] is not None:
             rates.setdefault(unit, []).append((pair[0], pair[1]))
     return [
-        (size[unit], (np.array([p[0] for p in own]), np.array([p[1] for p in own])))
+        (prompts[unit], (np.array([p[0] for p in own]), np.array([p[1] for p in own])))
         for unit, own in sorted(rates.items())
     ]
 

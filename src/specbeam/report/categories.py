@@ -3,41 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import geometric_mean, median
+from statistics import geometric_mean
 from typing import Any
 
 from specbeam.decoding import PEERS
+from specbeam.experiment.statistics import speedup_by_prompt
 from specbeam.report.escape import escape
 
 Methods = Mapping[str, Mapping[str, Any]]
 
 
 def speedups_by_category(rows: Sequence[Mapping[str, Any]], methods: Methods) -> dict[str, dict[str, list[float]]]:
-    """label → category → decode rate over that of our plain method, one number a prompt and turn.
+    """label → category → decode rate over that of our plain method, one number a prompt and turn: that of its unit,
+    since prompts of one batch share its seconds (experiment/statistics.py).
 
-    Of each prompt the medians over repeats. Labels without a plain method of ours are left out.
+    Labels without a plain method of ours are left out.
     """
-    rates: dict[tuple[str, str, int], list[float]] = {}
+    own_rows: dict[str, list[dict[str, Any]]] = {}
     category: dict[tuple[str, int], str] = {}
     for row in rows:
-        if row["status"] != "ok" or not row["decode_seconds"] or row["new_tokens"] <= row["first_tokens"]:
-            continue
-        rate = (row["new_tokens"] - row["first_tokens"]) / row["decode_seconds"]
-        rates.setdefault((row["method"], row["prompt_id"], row["turn"]), []).append(rate)
-        category[row["prompt_id"], row["turn"]] = str(row.get("category") or "other")
+        if row["status"] == "ok":
+            own_rows.setdefault(row["method"], []).append(dict(row))
+            category[row["prompt_id"], row["turn"]] = str(row.get("category") or "other")
     found: dict[str, dict[str, list[float]]] = {}
     for label, figures in methods.items():
         plain = next((name for name in figures.get("speedup", {})
                       if not str(methods.get(name, {}).get("kind", name)).startswith(PEERS)), None)
-        for (prompt, turn), name in category.items() if plain else ():
-            ours, base = rates.get((label, prompt, turn)), rates.get((plain or "", prompt, turn))
-            if ours and base:
-                found.setdefault(label, {}).setdefault(name, []).append(median(ours) / median(base))
+        speedups = speedup_by_prompt(own_rows.get(label, []), own_rows.get(plain, [])) if plain else {}
+        for prompt, speedup in speedups.items():
+            found.setdefault(label, {}).setdefault(category[prompt], []).append(speedup)
     return found
 
 
 def category_table(rows: Sequence[Mapping[str, Any]], methods: Methods) -> str:
-    """One row a method, one column a category: the geometric mean, shaded; every prompt's own on hover. '' for one
+    """One row a method, one column a category: the geometric mean, shaded; every prompt's on hover. '' for one
     category."""
     found = speedups_by_category(rows, methods)
     names = sorted({name for own in found.values() for name in own})
@@ -60,5 +59,9 @@ def category_table(rows: Sequence[Mapping[str, Any]], methods: Methods) -> str:
             share = min(1.0, abs(middle - 1) / (1.0 if middle > 1 else 0.5))
             cells += f'<td class="{tint}" style="--share:{share:.0%}" title="{each}">{middle:.2f}</td>'
         body += f'<tr><th scope="row">{escape(label)}</th>{cells}</tr>'
+    answered = [row for row in rows if row["status"] == "ok"]
+    note = ""
+    if len({row["batch_id"] for row in answered}) < len(answered):
+        note = '<p class="notes">Prompts decoded in one batch share its speed-up, whatever their categories.</p>'
     return ('<div class="wide"><table class="heat"><thead><tr><th>× plain, geometric mean over prompts</th>'
-            f"{head}</tr></thead><tbody>{body}</tbody></table></div>")
+            f"{head}</tr></thead><tbody>{body}</tbody></table></div>{note}")

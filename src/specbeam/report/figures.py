@@ -146,7 +146,8 @@ def _phases(figure: Figure, run: Run) -> bool:
 
 
 def _categories(figure: Figure, run: Run) -> bool:
-    """Of the methods that speculate: every prompt's speed-up over our plain method, and the geometric mean."""
+    """Of the methods that speculate: every prompt's speed-up over our plain method (of a batch: the batch's), and the
+    geometric mean."""
     found = {label: own for label, own in speedups_by_category(run.rows, _methods(run)).items()
              if _methods(run)[label].get("acceptance_rate") is not None}
     names = sorted({name for own in found.values() for name in own})
