@@ -135,6 +135,21 @@ def check_pair(target: str | os.PathLike[str], draft: str | os.PathLike[str]) ->
     check_same_vocabulary(ours.tokenizer, theirs.tokenizer, ours.config, theirs.config)
 
 
+def check_model(path: str | os.PathLike[str]) -> None:
+    """Raise InputError for a model that cannot be loaded, as far as its config, its tokenizer and, where they are here,
+    its weights' headers tell."""
+    checkpoint = _open(path, False)
+    if checkpoint.repo is None:
+        weight_files(checkpoint.name, checkpoint.folder)
+        weight_bytes(checkpoint.name, checkpoint.folder, None, None)
+
+
+def open_config(path: str | os.PathLike[str]) -> PreTrainedConfig:
+    """A model's config, without its tokenizer and weights. Raises InputError."""
+    name, folder, _ = _locate(path, False)
+    return _read_config(name, folder, False)
+
+
 def precision_of_draft(own: str | None, runner: str, device: str, precision: str | None) -> str | None:
     """The draft's `precision`, where its `own` was left open and the target's is `precision`.
 
@@ -263,6 +278,14 @@ class _Checkpoint:
 
 
 def _open(path: str | os.PathLike[str], trust_remote_code: bool) -> _Checkpoint:
+    name, folder, repo = _locate(path, trust_remote_code)
+    config = _read_config(name, folder, trust_remote_code)
+    tokenizer = _read_tokenizer(name, folder, config, trust_remote_code)
+    return _Checkpoint(name, folder, repo, config, tokenizer)
+
+
+def _locate(path: str | os.PathLike[str], trust_remote_code: bool) -> tuple[str, Path, str | None]:
+    """Name, folder and hub id (None for a folder) of a checkpoint; from the hub all but its weights."""
     check_path(path)
     name, repo = str(path), None
     if name in _BUNDLED:
@@ -276,9 +299,7 @@ def _open(path: str | os.PathLike[str], trust_remote_code: bool) -> _Checkpoint:
 
         repo = name
         folder = fetch(name, weights=False, code=trust_remote_code)
-    config = _read_config(name, folder, trust_remote_code)
-    tokenizer = _read_tokenizer(name, folder, config, trust_remote_code)
-    return _Checkpoint(name, folder, repo, config, tokenizer)
+    return name, folder, repo
 
 
 def _read_config(name: str, folder: Path, trust_remote_code: bool) -> PreTrainedConfig:

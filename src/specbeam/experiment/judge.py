@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from specbeam.experiment import records
 from specbeam.experiment.loaded import Models
 from specbeam.experiment.plan import Plan
 from specbeam.experiment.rows import Answers, conversation_of, one_line, remember
+
+if TYPE_CHECKING:
+    from specbeam.experiment.prompts import Conversation
+    from specbeam.experiment.quality import Evaluate
 
 
 def judge(
@@ -20,25 +25,34 @@ def judge(
     facts: dict[str, Any],
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """After the timed part: summary.json's content, and the traces with their probabilities."""
-    from specbeam.experiment.prediction import predict
+    from specbeam.experiment.prediction import foreseen, predict
     from specbeam.experiment.quality import add_quality
     from specbeam.experiment.statistics import summarise
 
-    notes = list(facts["notes"])
+    notes: list[str] = list(facts["notes"])
     methods = {method.label: method.settings for method in plan.methods}
     summary = summarise(rows, methods)
     contexts: dict[tuple[str, str, int], dict[str, Any]] = {}
     try:
         contexts = contexts_of(plan, rows, models, config)
-        evaluate = None if plan.evaluator is None else load_evaluator(plan.evaluator, config)
+        evaluate = None if plan.evaluator is None else evaluator(plan.evaluator, config, notes)
         quality = add_quality(rows, contexts, models.target, methods, plan.metrics, evaluate)
         for label, figures in quality.items():
             summary["methods"][label].update(figures)
-        traces = fill_probabilities(traces, contexts, models)
     except Exception as error:  # the figures of speed must not be lost for those of quality
         notes.append(f"Quality figures are missing: {one_line(error)}")
     try:
-        foretold = predict(plan.methods, rows, contexts, models, summary) if plan.forecast else {}
+        traces = fill_probabilities(traces, contexts, models) if contexts else traces
+    except Exception as error:
+        notes.append(f"Probabilities of tokens are missing from trace.jsonl: {one_line(error)}")
+    refills = (plan.prompts_per_cell or plan.batch_size) > plan.batch_size
+    if plan.forecast and refills and any(map(foreseen, plan.methods)):
+        notes.append("There is no forecast beside the measurement: it knows batches that end together, and with "
+                     "prompts_per_cell above batch_size the next prompt takes an ended one's place.")  # fmt: skip
+    try:
+        foretold = {}
+        if plan.forecast and not refills:
+            foretold = predict(plan.methods, rows, contexts, models, summary)
         for label, figures in foretold.items():
             summary["methods"][label]["forecast"] = figures
     except Exception as error:
@@ -67,14 +81,22 @@ def judge(
     return summary, traces
 
 
-def load_evaluator(path: str, config: dict[str, Any]) -> Any:
-    """The model that `evaluator` names, as quality.evaluator_of."""
+def evaluator(path: str, config: dict[str, Any], notes: list[str]) -> Evaluate:
+    """As quality.evaluator_of, of the model that `evaluator` names; where it fails it says so in `notes` and gives
+    None: the other figures of quality must not be lost for its own."""
     from specbeam.experiment.quality import evaluator_of
     from specbeam.models import load_model
 
-    device, dtype = config["device"] or "auto", config["dtype"] or "auto"
-    model, tokenizer = load_model(path, device=device, dtype=dtype, runner="eager")
-    return evaluator_of(model, tokenizer, config["system_prompt"])
+    def evaluate(pairs: Sequence[tuple[Conversation, str]]) -> list[list[float]] | None:
+        device, dtype = config["device"] or "auto", config["dtype"] or "auto"
+        try:
+            model, tokenizer = load_model(path, device=device, dtype=dtype, runner="eager")
+            return evaluator_of(model, tokenizer, config["system_prompt"])(pairs)
+        except Exception as error:
+            notes.append(f"Figures under the evaluator {path} are missing: {one_line(error)}")
+            return None
+
+    return evaluate
 
 
 def contexts_of(

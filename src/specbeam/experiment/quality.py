@@ -28,6 +28,8 @@ METRICS = ("bleu", "chrf", "rouge", "exact_match", "perplexity", "repetition", "
 WITH_REFERENCES = ("bleu", "chrf", "rouge", "exact_match")
 
 Context = Mapping[str, Any]  # what was read before an answer: judge.contexts_of
+# (conversation, answer) pairs → log-probabilities of the answers' tokens under another model; None: it failed
+Evaluate = Callable[[Sequence[tuple["Conversation", str]]], list[list[float]] | None]
 
 
 @dataclass(frozen=True)
@@ -82,15 +84,14 @@ def add_quality(
     target: PreTrainedModel,
     methods: Mapping[str, Mapping[str, Any]] | None = None,
     metrics: Sequence[str] | None = None,
-    evaluate: Callable[[Sequence[tuple[Conversation, str]]], list[list[float]]] | None = None,
+    evaluate: Evaluate | None = None,
 ) -> dict[str, dict[str, Any]]:
     """label → `quality` (`overall` and `categories`: metric → value, low, high, count), the figures that the table
     shows, and the target's logit gap where outputs that should be equal part.
 
     contexts: (label, prompt id, turn) → what that method read (`input_ids` without padding, `conversation`) and the
     turn's `references` and `category`. methods: as for `summarise`; without it the rows' kinds stand for them.
-    metrics: names in METRICS; None: all that apply. evaluate: (conversation, answer) pairs → log-probabilities of the
-    answers' tokens under another model (`evaluator`).
+    metrics: names in METRICS; None: all that apply. evaluate: another model (`evaluator`).
     """
     answers = first_answers(rows)
     methods = methods or {row["method"]: {"kind": row["kind"]} for row in rows}
@@ -195,7 +196,7 @@ def evaluator_of(model: PreTrainedModel, tokenizer: Any, system_prompt: str | No
 
 
 def _answers(answers: Mapping[str, Mapping[Prompt, Row]], contexts: Mapping[tuple[str, str, int], Context],
-             target: PreTrainedModel, evaluate: Callable | None) -> dict[tuple[str, str, int], Answer]:
+             target: PreTrainedModel, evaluate: Evaluate | None) -> dict[tuple[str, str, int], Answer]:
     """(label, prompt id, turn) → its answer with the log-probabilities."""
     from specbeam.metrics.likelihood import answer_log_probabilities
 
@@ -205,14 +206,15 @@ def _answers(answers: Mapping[str, Mapping[Prompt, Row]], contexts: Mapping[tupl
     unique = sorted(set(pairs.values()))
     scored = dict(zip(unique, answer_log_probabilities(target, [context for context, _ in unique],
                                                        [answer for _, answer in unique]), strict=True))
-    evaluated: dict[tuple, list[float]] = {}
+    evaluated: dict[tuple, list[float]] | None = None
     if evaluate is not None:
         asked = {pairs[key]: (contexts[key]["conversation"], rows[key]["text"]) for key in keys}
-        evaluated = dict(zip(asked, evaluate(list(asked.values())), strict=True))
+        logs = evaluate(list(asked.values()))
+        evaluated = None if logs is None else dict(zip(asked, logs, strict=True))
     return {
         key: Answer(rows[key]["text"], tuple(rows[key]["tokens"]), tuple(contexts[key]["references"] or ()),
                     contexts[key].get("category"), tuple(scored[pairs[key]]),
-                    tuple(evaluated[pairs[key]]) if evaluate is not None else None)
+                    None if evaluated is None else tuple(evaluated[pairs[key]]))
         for key in keys
     }  # fmt: skip
 

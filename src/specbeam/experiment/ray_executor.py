@@ -197,7 +197,8 @@ def crew_of(plan: Plan, config: dict[str, Any], console: Console) -> Iterator[Cr
     try:
         count, resources = devices(ray.cluster_resources(), config)
         # the driver's folders, for workers that may stand elsewhere
-        plan = replace(plan, target=absolute(plan.target), draft=plan.draft and absolute(plan.draft))
+        plan = replace(plan, target=absolute(plan.target), draft=plan.draft and absolute(plan.draft),
+                       evaluator=plan.evaluator and absolute(plan.evaluator))
         shared = ray.put(plan)
         Actor = ray.remote(**resources)(Worker)
         crew = Crew(Actor.remote, (shared, config), settings["timeout_seconds"])

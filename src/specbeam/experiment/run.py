@@ -32,6 +32,7 @@ from specbeam.experiment.rows import (
     search_of,
     trace_of,
 )
+from specbeam.models import check_model
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -123,6 +124,8 @@ class Local:
 def open_executor(plan: Plan, config: dict[str, Any], console: Console) -> Iterator[Any]:
     """Whoever runs the cells, with models loaded and checked. Raises InputError when they cannot be."""
     with console.status("loading models") as status:
+        if plan.evaluator is not None:
+            check_model(plan.evaluator)  # loaded only when all rows are there
         if config["executor"] == "ray":
             from specbeam.experiment.ray_executor import crew_of
 
