@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -15,10 +16,12 @@ from typing import Any
 
 import pytest
 from checkpoints import make_checkpoint
+from rich.console import Console
 
 from specbeam import cli
 from specbeam.decoding import METHODS, Method
 from specbeam.experiment import records
+from specbeam.experiment.run import note_load, record_environment
 
 METHOD_LABELS = ("greedy", "speculative", "beam", "speculative_beam", "transformers_greedy", "transformers_assisted",
                  "transformers_beam")
@@ -339,3 +342,63 @@ def test_a_cell_may_hold_more_prompts_than_run_at_once(pair: list[str], tmp_path
     for row in rows_of(tmp_path / "many"):
         same = [r for r in rows_of(tmp_path / "many") if r["batch_id"] == row["batch_id"]]
         assert {r["decode_seconds"] for r in same} == {row["decode_seconds"]}
+    summary = records.read_json(tmp_path / "many" / "summary.json")
+    assert "forecast" not in summary["methods"]["speculative"]
+    assert any("prompts_per_cell above batch_size" in note for note in summary["notes"])
+
+
+def test_an_evaluator_of_another_vocabulary_scores_the_answers(pair: list[str], tmp_path: Path) -> None:
+    evaluator = make_checkpoint("tinyllama-1.1b-chat", tmp_path / "evaluator")
+    assert compare(tmp_path / "run", *pair, "prompts=[one,two]", "only=[greedy]", f"evaluator={evaluator}") == 0
+    summary = records.read_json(tmp_path / "run" / "summary.json")
+    quality = summary["methods"]["greedy"]["quality"]["overall"]
+    assert quality["evaluator_bits_per_byte"]["value"] > 0 and summary["evaluator"] == str(evaluator)
+    assert quality["evaluator_perplexity"]["value"] != pytest.approx(quality["perplexity"]["value"])
+
+
+@pytest.mark.parametrize(("lost", "said"), [("tokenizer*", "has no tokenizer"), ("*.safetensors", "no *.safetensors")])
+def test_a_bad_evaluator_is_refused_before_the_run(
+    pair: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], lost: str, said: str
+) -> None:
+    evaluator = make_checkpoint("gpt2", tmp_path / "evaluator")
+    for file in evaluator.glob(lost):
+        file.unlink()
+    assert compare(tmp_path / "run", *pair, "prompts=[one]", "only=[greedy]", f"evaluator={evaluator}") == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_an_evaluator_that_fails_takes_no_other_figure_with_it(
+    pair: list[str], prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluator = make_checkpoint("gpt2", tmp_path / "evaluator")
+
+    def broken(*_: object) -> None:
+        raise MemoryError("too large")
+
+    monkeypatch.setattr("specbeam.experiment.quality.evaluator_of", broken)
+    assert compare(tmp_path / "run", *pair, f"prompt_set.path={prompt_file}", "only=[greedy]",
+                   f"evaluator={evaluator}") == 0
+    summary = records.read_json(tmp_path / "run" / "summary.json")
+    assert summary["methods"]["greedy"]["bleu"] is not None and summary["methods"]["greedy"]["perplexity"] > 1
+    assert all(trace["target_probability"] for trace in records.read_lines(tmp_path / "run" / "trace.jsonl"))
+    assert any(f"Figures under the evaluator {evaluator} are missing" in note for note in summary["notes"])
+
+
+def test_a_resumed_run_remembers_that_its_first_part_ran_on_a_loaded_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "busy_cores", lambda: 0.1)
+    monkeypatch.setattr(records, "environment", lambda *_: dict.fromkeys(
+        ("started", "load_average", "command", "git_commit", "specbeam")))
+    resolved, console = {"device": "cpu", "dtype": "float32", "runner": {}}, Console(file=io.StringIO())
+    first = {"others_busy_cores": 1.2, "others_busy_cores_at_start": 0.0}
+    records.write_json(tmp_path / "environment.json", first)
+    assert record_environment(tmp_path, resolved, (), [], True, console) == []
+    [note] = note_load(tmp_path, 0.05, [])
+    assert "used 1.2 of" in note and records.read_json(tmp_path / "environment.json")["others_busy_cores"] == 1.2
+    for loaded in ({"others_busy_cores_at_start": 1.4},
+                   {"others_busy_cores_at_start": 0.0, "resumed": [{"others_busy_cores_at_start": 1.4}]}):
+        records.write_json(tmp_path / "environment.json", loaded)
+        [note] = record_environment(tmp_path, resolved, (), [], True, console)
+        assert "were using 1.4 of" in note and "went on" in note

@@ -356,6 +356,12 @@ def busy_cores() -> float:
     return psutil.cpu_percent(interval=0.5) / 100 * (psutil.cpu_count() or 1)
 
 
+def busiest_start(environment: dict[str, Any]) -> float:
+    """Of environment.json: the most cores that others were using when the run started or went on."""
+    parts = (environment, *environment.get("resumed", []))
+    return max(part.get("others_busy_cores_at_start") or 0.0 for part in parts)
+
+
 def _version(name: str) -> str | None:
     try:
         return version(name)

@@ -72,12 +72,12 @@ def compare(config: dict[str, Any], command: list[str], console: Console) -> int
         else:
             records.start_run(folder, config, resolved, prompts)
         notes = record_environment(folder, resolved, executor.workers, command, resumed, console)
+        others = records.OthersLoad()
         try:
             if left:
-                others = records.OthersLoad()
                 rows = executor.run(folder, left, rows, console)
-                if not executor.workers:  # which would count as others
-                    notes += note_load(folder, others.cores(), notes)
+            if not executor.workers:  # which would count as others
+                notes += note_load(folder, others.cores() if left else 0.0, notes)
             with console.status("judging the answers"):
                 summary, traces = executor.judge(rows, records.read_traces(folder), {**resolved, "notes": notes})
                 records.write_lines(folder / "trace.jsonl", traces)
@@ -89,6 +89,8 @@ def compare(config: dict[str, Any], command: list[str], console: Console) -> int
                 highlight=False,
                 soft_wrap=True,
             )
+            if left and not executor.workers:
+                note_load(folder, others.cores(), notes)  # of rows that the finished run will hold
             raise
     records.write_json(folder / "summary.json", summary)
 
@@ -193,10 +195,12 @@ def record_environment(
                                              "git_commit", "specbeam")}
         now = {**first, "resumed": [*first.get("resumed", []), kept]}
     records.write_json(path, now)
-    if busy < records.BUSY_CORES:
+    most = records.busiest_start(now)
+    if most < records.BUSY_CORES:
         return []
+    when = "started or went on" if now.get("resumed") else "started"
     note = (
-        f"Other programs were using {busy:.1f} of {records.cores()} cores when the run started: its timings are not to "
+        f"Other programs were using {most:.1f} of {records.cores()} cores when the run {when}: its timings are not to "
         "be trusted."
     )
     console.print(note, style="yellow", highlight=False, soft_wrap=True)
@@ -204,9 +208,12 @@ def record_environment(
 
 
 def note_load(folder: Path, cores: float, notes: list[str]) -> list[str]:
-    """Record what others used while the methods ran; the note about it, if there is none about the start already."""
+    """Record what others used while the methods ran, of a resumed run the most of all its parts; the note about it, if
+    there is none about the start already."""
     path = folder / "environment.json"
-    records.write_json(path, {**records.read_json(path), "others_busy_cores": round(cores, 2)})
+    before = records.read_json(path)
+    cores = max(round(cores, 2), before.get("others_busy_cores") or 0.0)
+    records.write_json(path, {**before, "others_busy_cores": cores})
     if cores < records.BUSY_CORES or notes:
         return []
     return [f"Other programs used {cores:.1f} of {records.cores()} cores while the methods ran: the timings are not to "
