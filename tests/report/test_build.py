@@ -182,3 +182,13 @@ def test_a_position_proposed_a_few_times_is_not_drawn():
     assert by_position({"acceptance_by_position": [.7, .5]}) == [.7, .5], "of older runs the counts are not known"
     assert "proposal 2: 100.0%" not in acceptance({"a": often, "b": seldom})
     assert acceptance({"b": {"acceptance_by_position": [1.0], "proposed_by_position": [3]}}) == ""
+
+
+def test_a_speed_up_inside_the_noise_is_drawn_as_no_difference():
+    from specbeam.report.charts import speedups
+
+    one = {"median": 1.01, "geometric_mean": 1.01, "low": 0.98, "high": 1.04, "geometric_low": 0.98,
+           "geometric_high": 1.04}
+    drawn = [speedups({"greedy": {"kind": "greedy"}, "fast": {"kind": "speculative", "speedup": {
+        "greedy": {**one, "noise": noise}}}}, ["greedy"]) for noise in (1.02, 1.005)]
+    assert "no difference (0.98–1.04)" in drawn[0] and "1.01 × (0.98–1.04)" in drawn[1]

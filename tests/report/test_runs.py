@@ -56,6 +56,33 @@ def test_a_run_that_was_killed_says_how_far_it_came(tmp_path):
                                                                     ["whole", "half"]))
 
 
+def test_what_a_half_written_folder_lacks_is_named(tmp_path):
+    folder = write_run(tmp_path)
+    resolved = {"methods": {"beam": {"kind": "beam", "trace": True}}}
+    (folder / "config.yaml").write_text(json.dumps({"methods": METHODS, "resolved": resolved}), "utf-8")
+    assert read_run(folder).missing == []
+    for name in ("trace.jsonl", "beams.jsonl", "prompts.jsonl"):
+        with open(folder / name, "a", encoding="utf-8") as file:
+            file.write('{"cut in ha')
+    assert read_run(folder).missing == [f"1 line of {name} could not be read." for name in (
+        "trace.jsonl", "beams.jsonl", "prompts.jsonl")]
+    for name in ("beams.jsonl", "prompts.jsonl"):
+        (folder / name).unlink()
+        assert any(one.startswith(f"{name} is missing") for one in read_run(folder).missing)
+
+
+def test_int8_weights_are_another_target_and_other_words_other_prompts(tmp_path):
+    one, other = write_run(tmp_path / "one"), write_run(tmp_path / "other")
+    change(other, "summary.json", runner={"target": "openvino int8", "draft": "openvino"})
+    [warning] = not_comparable([read_run(one), read_run(other)], ["one", "other"])
+    assert "different targets (one: bundled, other: bundled with int8 weights)" in warning
+    third = write_run(tmp_path / "third")
+    prompts = (third / "prompts.jsonl").read_text("utf-8").replace("Why is the sky blue?", "Why is the sea blue?")
+    (third / "prompts.jsonl").write_text(prompts, "utf-8")
+    [warning] = not_comparable([read_run(one), read_run(third)], ["one", "third"])
+    assert warning.startswith("Other prompts"), "their ids are the same"
+
+
 def test_runs_of_different_targets_are_marked_as_not_comparable(tmp_path):
     one, other = write_run(tmp_path / "one"), write_run(tmp_path / "other")
     change(other, "summary.json", target={"path": "gpt2"}, dtype="bfloat16")

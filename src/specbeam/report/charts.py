@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from specbeam.decoding import PEERS
-from specbeam.report.answer import shown
+from specbeam.report.answer import shown, within_noise
 from specbeam.report.escape import escape
 
 Methods = Mapping[str, Mapping[str, Any]]
@@ -76,7 +76,7 @@ def speedups(methods: Methods, baselines: Sequence[str]) -> str:
         y = 22 + row * number
         css = "peer" if methods[label]["kind"].startswith(PEERS) else "ours"
         value, least, most = shown(one)
-        text = f"{value:.2f} ×"
+        text = "no difference" if within_noise(one) else f"{value:.2f} ×"
         bar = ""
         if least is not None and most is not None:
             text += f" ({least:.2f}–{most:.2f})"

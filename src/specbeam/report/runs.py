@@ -12,7 +12,9 @@ from typing import Any
 import yaml
 
 from specbeam.errors import InputError
-from specbeam.experiment.records import BUSY_CORES
+from specbeam.experiment.records import BUSY_CORES, busiest_start
+
+LINES = ("rows.jsonl", "trace.jsonl", "beams.jsonl", "prompts.jsonl")
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,11 @@ class Run:
         return f"{self.target} with draft {self.draft}" if self.target and self.draft else self.target
 
     @property
+    def int8(self) -> bool:
+        """Whether specbeam's methods ran a target rounded to int8."""
+        return "int8" in (self.summary.get("runner") or {}).get("target", "")
+
+    @property
     def target(self) -> str:
         return _name(self.summary.get("target") or self.config.get("target"))
 
@@ -57,10 +64,14 @@ def read_run(folder: Path) -> Run:
         raise InputError(f"There is no folder {what!r}: give one that `specbeam compare` wrote.")
     if not folder.is_dir():
         raise InputError(f"{what!r} is a file: give the run's folder.")
-    rows, broken = _lines(folder / "rows.jsonl")
+    broken: dict[str, int] = {}
+    rows, traces, searches, asked = (_lines(folder / name, broken) for name in LINES)
     rows = [row for row in rows if "method" in row and "prompt_id" in row]
     config, summary = _document(folder / "config.yaml"), _document(folder / "summary.json")
     if not rows and not (summary or {}).get("methods"):
+        if (folder / "forecast.json").is_file():
+            raise InputError(f"{what!r} holds a forecast and no run: forecast.json and forecast.svg in it are its "
+                             "report; give a folder that `specbeam compare` wrote.")
         if config is None:
             raise InputError(f"{what!r} holds no run (no rows.jsonl, no summary.json): give a folder that "
                              "`specbeam compare` wrote.")
@@ -70,18 +81,20 @@ def read_run(folder: Path) -> Run:
     missing = []
     if not rows:
         missing.append("rows.jsonl is missing: there is only the summary, no outputs.")
-    if broken:
-        missing.append(f"{broken} line{'s' * (broken > 1)} of rows.jsonl could not be read.")
-    traces, searches = (_lines(folder / name)[0] for name in ("trace.jsonl", "beams.jsonl"))
-    prompts = {prompt["id"]: prompt for prompt in _lines(folder / "prompts.jsonl")[0] if "id" in prompt}
+    missing += [f"{count} line{'s' * (count > 1)} of {name} could not be read." for name, count in broken.items()]
+    prompts = {prompt["id"]: prompt for prompt in asked if "id" in prompt}
     environment = _document(folder / "environment.json")
     if summary is None or not isinstance(summary.get("methods"), dict):
         summary = _unfinished(rows, config, prompts)
-        if (busy := (environment or {}).get("others_busy_cores_at_start") or 0.0) >= BUSY_CORES:
+        if (busy := busiest_start(environment or {})) >= BUSY_CORES:
             summary["notes"].append(f"Other programs were using {busy:.1f} cores when the run started: its timings are "
                                     "not to be trusted.")
-    if rows and not traces:
+    if rows and not traces and "trace.jsonl" not in broken:
         missing.append("trace.jsonl is missing: tokens cannot be coloured by their source.")
+    if rows and not searches and "beams.jsonl" not in broken and _kept_trees(rows, config):
+        missing.append("beams.jsonl is missing: the search trees cannot be drawn.")
+    if rows and not prompts and "prompts.jsonl" not in broken:
+        missing.append("prompts.jsonl is missing: what was asked cannot be shown beside the outputs.")
     if not config or environment is None:
         files = [name for name, there in (("config.yaml", config), ("environment.json", environment)) if not there]
         missing.append(f"{' and '.join(files)} {'are' if len(files) > 1 else 'is'} missing: what is needed to run it "
@@ -89,6 +102,13 @@ def read_run(folder: Path) -> Run:
     return Run(folder, rows, [trace for trace in traces if trace.get("tokens") and "rounds" in trace],
                [search for search in searches if search.get("steps")], prompts, summary, config, environment or {},
                missing)
+
+
+def _kept_trees(rows: Sequence[dict[str, Any]], config: dict[str, Any]) -> bool:
+    """Whether a method that answered was to keep its search trees (those of the first repeat are kept)."""
+    methods = (config.get("resolved") or {}).get("methods") or {}
+    return any((methods.get(row["method"]) or {}).get("trace") and row["status"] == "ok" and row["repeat"] == 0
+               for row in rows)
 
 
 def _name(model: Any) -> str:
@@ -124,9 +144,9 @@ def _unfinished(rows: Sequence[dict[str, Any]], config: dict[str, Any], prompts:
     return summary
 
 
-def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The JSON lines of a file that can be read, and how many cannot; ([], 0) without the file."""
-    found, broken = [], 0
+def _lines(path: Path, broken: dict[str, int]) -> list[dict[str, Any]]:
+    """The JSON lines of a file that can be read, none without the file; those that cannot are counted in `broken`."""
+    found = []
     for line in path.read_text("utf-8", errors="replace").split("\n") if path.is_file() else []:
         if not line.strip():
             continue
@@ -137,8 +157,8 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
         if isinstance(entry, dict):
             found.append(entry)
         else:
-            broken += 1
-    return found, broken
+            broken[path.name] = broken.get(path.name, 0) + 1
+    return found
 
 
 def _document(path: Path) -> dict[str, Any] | None:

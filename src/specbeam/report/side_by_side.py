@@ -33,12 +33,14 @@ def not_comparable(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
         return len({str(value) for value in values}) > 1
 
     found = []
-    targets = [run.target for run in runs]
+    # int8 weights are another model than the one they were rounded from
+    targets = [f"{run.target} with int8 weights" if run.int8 else run.target for run in runs]
     if differ(targets):
         each = ", ".join(f"{name}: {target or 'unknown'}" for name, target in zip(names, targets, strict=True))
         found.append(f"Not comparable: the runs have different targets ({each}). Neither speeds nor outputs say which "
                      "setting is better.")
-    if differ([sorted(run.prompts) for run in runs]):
+    if differ([sorted((name, str((asked.get("turns"), asked.get("messages")))) for name, asked in run.prompts.items())
+               for run in runs]):
         found.append("Other prompts: tokens a second of different texts are not comparable, speed-ups only roughly.")
     if unfinished := [name for name, run in zip(names, runs, strict=True) if not run.summary.get("finished", True)]:
         found.append(f"Not finished: {', '.join(unfinished)}; its figures are of fewer rows.")
