@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 from pathlib import Path
@@ -79,6 +80,20 @@ def test_what_makes_no_sense_is_said_in_one_sentence(tmp_path: Path) -> None:
     path.write_bytes(b"prompt\n\xff\n")
     assert "not UTF-8" in refusal(read_prompts, path)
     assert "{source}" in refusal(check_template, "Translate:")
+
+
+def test_a_long_cell_is_a_prompt_and_what_csv_cannot_read_is_one_sentence(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "prompts.csv"
+    path.write_text(f"prompt\nHello\n{'owl ' * 50_000}\n", "utf-8")
+    before = csv.field_size_limit()
+    try:
+        assert len(read_prompts(path)[1].turns[0]) == 200_000
+        csv.field_size_limit(1000)
+        monkeypatch.setattr(csv, "field_size_limit", lambda *_: 0)
+        assert f"{path}, line 3 cannot be read as CSV (field larger" in refusal(read_prompts, path)
+    finally:
+        monkeypatch.undo()
+        csv.field_size_limit(before)
 
 
 @pytest.mark.parametrize("name", ["spec_bench", "mt_bench", "humaneval", "gsm8k", "translation"])

@@ -50,9 +50,10 @@ def check_template(template: Any) -> None:
 
 def csv_records(text: str, place: str, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line number and record of each row of a CSV file with a header. A cell that is a JSON list is one; empty cells
-    are left out. Raises InputError for a row that is longer than the header."""
+    are left out. Raises InputError for a row that is longer than the header, and for what is no CSV."""
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # a long document is a cell like another
     rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
-    for row in rows:
+    for row in _readable(rows, place):
         if None in row:
             raise InputError(f"{place}, line {rows.line_num} has more cells than the header: quote cells that hold a "
                              f"{delimiter!r}.")
@@ -65,3 +66,11 @@ def csv_records(text: str, place: str, delimiter: str) -> Iterator[tuple[int, di
                     continue
         if record:
             yield rows.line_num, record
+
+
+def _readable(rows: csv.DictReader, place: str) -> Iterator[dict[Any, Any]]:
+    try:
+        yield from rows
+    except csv.Error as error:
+        raise InputError(f"{place}, line {rows.reader.line_num} cannot be read as CSV ({error}): save the file anew "
+                         "from the program that wrote it.") from None
