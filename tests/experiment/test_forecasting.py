@@ -78,6 +78,12 @@ def test_the_traces_are_replayed_on_other_hardware_without_a_model(forecast: Pat
     (["traces=nowhere"], "hardware is null"), (["traces=nowhere", "hardware=h100"], "no folder of a forecast"),
     (["temperature=-1"], "temperature is -1"), (["target.path=null"], "target.path is null"),
     (["precision=int3"], "use one of f32, bf16, int8"),
+    (["sizes=null"], "sizes is None"), (["sizes=5"], "sizes is 5"),
+    (["+sizes.drafts=x"], "no config key 'sizes.drafts'"),
+    (["sizes.target=bundled"], "hardware is null"), (["sizes.bytes_per_weight=4"], "hardware is null"),
+    (["sizes.bytes_per_weight=0", "hardware=h100"], "sizes.bytes_per_weight is 0"),
+    (["sizes.target=./nowhere", "hardware=h100"], "No such folder"),
+    (["sizes.draft=7", "hardware=h100"], "sizes.draft is 7"),
     (["draft_lenghts=[1]"], "did you mean draft_lengths"), (["repeats=0"], "repeats is 0")],
     ids=lambda value: value[0] if isinstance(value, list) else "")
 def test_bad_input_is_one_sentence_and_status_2(arguments: list[str], said: str, capsys, tmp_path, monkeypatch) -> None:
@@ -86,6 +92,48 @@ def test_bad_input_is_one_sentence_and_status_2(arguments: list[str], said: str,
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and said in err, err
     assert not list(tmp_path.iterdir())
+
+
+def replay(forecast: Path, folder: Path, *arguments: str) -> int:
+    return cli.main(["forecast", f"traces={forecast}", "hardware=h100", f"output_dir={folder}", *arguments])
+
+
+def test_a_replay_knows_what_its_traces_were_made_with(forecast: Path, pair: list[str], tmp_path: Path, capsys) -> None:
+    draft = pair[1].removeprefix("draft=[").split(",")[0]
+    traces = json.loads((forecast / "traces.json").read_text())
+    assert traces["longest"] == 3 and traces["paths"] == {draft: draft, "prompt_lookup": None}
+    assert replay(forecast, tmp_path / "run", "draft_lengths=[1,3]") == 0
+    assert yaml.safe_load((tmp_path / "run" / "batch-1" / "specbeam.yaml").read_text())["max_new_tokens"] == 12
+    assert replay(forecast, tmp_path / "other", "draft_lengths=[1]", "max_new_tokens=64") == 2
+    assert "max_new_tokens is 64, but the traces were made with 12" in capsys.readouterr().err
+    assert replay(forecast, tmp_path / "other", "draft_lengths=[1,4]") == 2
+    assert "goes up to 4" in capsys.readouterr().err
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "traces.json").write_text(json.dumps({name: value for name, value in traces.items()
+                                                 if name not in ("longest", "settings", "paths")}))
+    assert replay(old, tmp_path / "from-old", "draft_lengths=[1,3]") == 0
+
+
+def test_other_sizes_are_said_to_be_an_estimate(forecast: Path, tmp_path: Path, capsys) -> None:
+    assert replay(forecast, tmp_path / "run", "draft_lengths=[1]", "sizes.target=bundled") == 0
+    assert "an estimate for the sizes of bundled" in " ".join(capsys.readouterr().out.split())
+    assert "target as large as bundled" in json.loads((tmp_path / "run" / "forecast.json").read_text())["where"]
+
+
+def test_the_folder_of_a_comparison_is_left_alone(tmp_path: Path, capsys) -> None:
+    for name in ("rows.jsonl", "prompts.jsonl"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).touch()
+        assert cli.main(["forecast", f"output_dir={folder}"]) == 2
+        assert "holds a run of specbeam compare" in capsys.readouterr().err
+        assert [path.name for path in folder.iterdir()] == [name]
+
+
+def test_the_report_of_a_forecast_says_what_it_is(forecast: Path, capsys) -> None:
+    assert cli.main(["report", str(forecast)]) == 2
+    assert "holds a forecast" in capsys.readouterr().err
 
 
 def test_a_draft_of_another_vocabulary_is_refused_before_any_weight_is_read(tmp_path, monkeypatch, capsys) -> None:
@@ -108,13 +156,15 @@ CONFIG = {"temperature": 0.0, "options": {"repetition_penalty": 1.2}, "max_new_t
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_the_choice_runs_as_a_comparison(temperature: float) -> None:
-    config = {**CONFIG, "temperature": temperature, "dtype": "bfloat16", "runner": "auto"}
+    config = {**CONFIG, "temperature": temperature, "dtype": "bfloat16", "runner": "auto",
+              "draft": {"path": "other", "precision": "int8"}}
     written = choice(config, "bundled", line(1.6, "mine", 5), {"mine": "bundled"}, 4)
     words = command_of(written["specbeam"]).split("'")
     overrides = [*words[0].split()[2:], words[1], *words[2].split()]
     composed = compose("config", overrides)
     assert composed["methods"] == written["specbeam"]["methods"] and composed["batch_size"] == 4
     assert composed["dtype"] == "bfloat16" and "runner" not in written["specbeam"]
+    assert composed["draft"] == {"path": "bundled", "precision": "int8"}
     [_, speculative] = make_plan(composed).methods
     assert speculative.options["draft_length"] == 5 and speculative.samples == (temperature > 0)
     assert written["vllm"]["method"] == "draft_model" and written["vllm"]["num_speculative_tokens"] == 5

@@ -41,7 +41,8 @@ def choice(config: Mapping[str, Any], target: str, best: Line | None, drafts: Ma
                 "prompt_lookup_min": 1}
     else:
         path = drafts[best.draft]
-        chosen["draft"] = {"path": path}
+        precision = (config.get("draft") or {}).get("precision")
+        chosen["draft"] = {"path": path} | ({} if precision is None else {"precision": precision})
         transformers = {"num_assistant_tokens": best.draft_length, "num_assistant_tokens_schedule": "constant",
                         "assistant_confidence_threshold": 0.0}
         folder = str(Path(__file__).resolve().parent.parent / "bundled" / "draft") if path == "bundled" else path
@@ -63,8 +64,8 @@ def command_of(chosen: Mapping[str, Any]) -> str:
     methods = "{" + ", ".join(f"{label}: {value(one)}" for label, one in chosen["methods"].items()) + "}"
     names = ("batch_size", "max_new_tokens", *(name for name in WITH if name in chosen))
     rest = " ".join(f"{name}={value(chosen[name])}" for name in names)
-    models = " ".join(shlex.quote(f"{role}.path={chosen[role]['path']}") for role in ("target", "draft")
-                      if role in chosen)
+    models = " ".join(shlex.quote(f"{role}.{name}={given}") for role in ("target", "draft")
+                      for name, given in chosen.get(role, {}).items())
     return f"specbeam compare {models} 'methods={methods}' {rest}"
 
 

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,10 +36,13 @@ from specbeam.runners import check_runner
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from specbeam.hardware import Hardware
+    from specbeam.hardware import Hardware, Size
 
 LOOKUP = "prompt_lookup"
+ROLES = ("target", "draft")
 WORTH = 1.05  # a predicted speed-up below it is not worth the trouble: about the forecast's own error
+SETTINGS = ("temperature", "options", "max_new_tokens", "ngram")  # what traces were made with
+BYTES = 2  # of a weight, where sizes says nothing else
 KEYS = ("target", "draft", "prompt_set", "drafts", "draft_lengths", "batch_sizes", "ngram", "prompts", "system_prompt",
         "max_new_tokens", "temperature", "options", "repeats", "traces", "hardware", "sizes", "seed", "device", "dtype",
         "runner", "precision", "output_dir")
@@ -54,6 +57,10 @@ class Traces:
     drafts: dict[str, list[Chances]]
     sampled: bool
     sizes: dict[str, list[int]]  # of the target and of each draft: hardware.Size
+    # traces.json of older versions has none of these
+    longest: int | None = None  # the largest draft length asked for
+    settings: dict[str, Any] = field(default_factory=dict)  # SETTINGS
+    paths: dict[str, str | None] = field(default_factory=dict)  # of each draft; None: prompt lookup
 
 
 @dataclass(frozen=True)
@@ -80,9 +87,13 @@ def run_forecast(config: dict[str, Any], command: list[str], console: Console) -
     from specbeam.hardware import read_hardware
 
     hardware = None if config["hardware"] is None else read_hardware(config["hardware"])
+    sizes = {role: size for role in ROLES if (size := _size(role, config["sizes"].get(role))) is not None}
     folder = Path(os.path.expanduser(config["output_dir"])) if config["output_dir"] else None
     if folder is not None:
         records.check_writable(folder)
+        if any((folder / name).exists() for name in ("rows.jsonl", "prompts.jsonl")):
+            raise InputError(f"output_dir {str(folder)!r} holds a run of specbeam compare, whose config.yaml would be "
+                             "lost: give another folder.")
     lengths, batch_sizes = sorted(set(config["draft_lengths"])), list(dict.fromkeys(config["batch_sizes"]))
     costs: dict[tuple[str, int], Costs] = {}
     facts: dict[str, Any] = {}
@@ -90,14 +101,19 @@ def run_forecast(config: dict[str, Any], command: list[str], console: Console) -
         traces, costs, facts = _from_models(config, lengths, batch_sizes, hardware, console)
     else:
         traces = read_traces(Path(os.path.expanduser(config["traces"])), max(lengths))
+        config = replayed(config, traces, command)
     if hardware is not None:
-        costs = _costs_elsewhere(config, traces, hardware, lengths, batch_sizes)
+        weight_bytes = config["sizes"]["bytes_per_weight"]
+        costs = _costs_elsewhere(sizes, weight_bytes, traces, hardware, lengths, batch_sizes)
     lines = [line for size in batch_sizes for draft in traces.drafts for length in lengths
              if (line := predict(traces, draft, length, size, costs[draft, size])) is not None]
     folder = folder or records.new_folder(Path("outputs/forecast"))
     folder.mkdir(parents=True, exist_ok=True)
-    where = f"this machine, {facts.get('dtype')}, runner {facts.get('runner')}" if hardware is None else hardware.name
-    notes = estimate_of(traces, batch_sizes, hardware) + ([] if hardware else doubts(costs, facts))
+    where = f"this machine, {facts.get('dtype')}, runner {facts.get('runner')}"
+    if hardware is not None:
+        where = ", ".join((hardware.name, *(f"{role} as large as {config['sizes'][role]}" for role in sizes)))
+    named = [str(config["sizes"][role]) for role in sizes]
+    notes = estimate_of(traces, batch_sizes, hardware, named) + ([] if hardware else doubts(costs, facts))
     show(lines, costs, where, notes, console)
     write(folder, config, command, traces, lines, costs, where, facts)
     console.print(f"forecast: {folder}", highlight=False, soft_wrap=True)
@@ -122,6 +138,7 @@ def check(config: dict[str, Any]) -> None:
     for name in ("system_prompt", "output_dir", "traces"):
         check_text(name, config[name])
     _method(config)
+    check_sizes(config["sizes"], config["hardware"])
     if config["traces"] is not None:
         if config["hardware"] is None:
             raise InputError("traces replays an earlier forecast on other hardware, and hardware is null: give a "
@@ -133,6 +150,36 @@ def check(config: dict[str, Any]) -> None:
     check_device_and_dtype(config["device"], config["dtype"])
     check_runner(config["runner"] or "auto", config["precision"], config["draft"].get("precision"))
     prompts_from_config(config)
+
+
+def check_sizes(sizes: Any, hardware: Any) -> None:
+    """`sizes`, but for the configs that its paths lead to."""
+    if not isinstance(sizes, dict):
+        raise InputError(f"sizes is {sizes!r}, but it has keys: sizes.target, sizes.draft, sizes.bytes_per_weight.")
+    for name in sizes:
+        if name not in (*ROLES, "bytes_per_weight"):
+            raise InputError(f"There is no config key 'sizes.{name}': sizes has target, draft, bytes_per_weight.")
+    weight_bytes: Any = sizes.get("bytes_per_weight")
+    number = isinstance(weight_bytes, int | float) and not isinstance(weight_bytes, bool)
+    if not number or not 0 < weight_bytes < math.inf:
+        raise InputError(f"sizes.bytes_per_weight is {weight_bytes!r}: give a number above 0 (bf16: 2, fp32: 4).")
+    for role in ROLES:
+        check_text(f"sizes.{role}", sizes.get(role))
+        if sizes.get(role) is not None:
+            check_path(sizes[role])
+    if hardware is None and (weight_bytes != BYTES or any(sizes.get(role) is not None for role in ROLES)):
+        raise InputError("sizes has no effect on seconds that are measured, and hardware is null: give a preset or "
+                         "numbers, or leave sizes out.")
+
+
+def replayed(config: dict[str, Any], traces: Traces, command: Sequence[str]) -> dict[str, Any]:
+    """The config with the settings that the traces were made with. Raises InputError where the command says others."""
+    for name, value in traces.settings.items():
+        if config[name] != value and any(argument.lstrip("+").startswith((f"{name}=", f"{name}."))
+                                         for argument in command):
+            raise InputError(f"{name} is {config[name]!r}, but the traces were made with {value!r}: leave it out, or "
+                             "run that forecast again.")
+    return {**config, **traces.settings}
 
 
 def named_drafts(config: dict[str, Any]) -> dict[str, str | None]:
@@ -234,7 +281,8 @@ def _from_models(config: dict[str, Any], lengths: list[int], batch_sizes: list[i
                 torch.cuda.empty_cache()
     facts = {"device": str(target.device), "dtype": str(target.dtype).removeprefix("torch."),
              "runner": adapt(target).runner.name, "others_busy_cores": round(others.cores(), 2)}
-    return Traces(target_path, answers, chances, temperature > 0, sizes), costs, facts
+    settings = {name: config[name] for name in SETTINGS}
+    return Traces(target_path, answers, chances, temperature > 0, sizes, max(lengths), settings, drafts), costs, facts
 
 
 def predict(traces: Traces, draft: str, length: int, batch_size: int, costs: Costs) -> Line | None:
@@ -283,8 +331,10 @@ def sentence(lines: Sequence[Line], batch_size: int) -> str:
             f"{best.speedup:.2f} × as fast as plain decoding{within}.")
 
 
-def estimate_of(traces: Traces, batch_sizes: Sequence[int], hardware: Hardware | None) -> list[str]:
-    """Why figures are estimates; empty where accepted tokens are exact and costs measured."""
+def estimate_of(traces: Traces, batch_sizes: Sequence[int], hardware: Hardware | None, sizes: Sequence[str]
+                ) -> list[str]:
+    """Why figures are estimates; empty where accepted tokens are exact and costs measured. sizes: other models, of
+    whose sizes the seconds are."""
     why = []
     if traces.sampled:
         why.append("Answers are sampled: rounds and accepted tokens are expectations, for rejection sampling.")
@@ -292,6 +342,9 @@ def estimate_of(traces: Traces, batch_sizes: Sequence[int], hardware: Hardware |
             why.append("Seconds of sampled batches are an estimate, as if every row took its expected rounds.")
     if hardware is not None:
         why.append("Seconds are an estimate from bandwidth, compute and launch cost (docs/forecast.md).")
+    if sizes:
+        why.append(f"Speed-ups are an estimate for the sizes of {' and '.join(sizes)}, as if they agreed as often as "
+                   f"the models that were run, {traces.target} and its drafts.")
     return why
 
 
@@ -362,7 +415,7 @@ def write(folder: Path, config: dict[str, Any], command: list[str], traces: Trac
                   for (draft, size), found in costs.items()]})
     records.write_json(folder / "traces.json", asdict(traces))
     (folder / "forecast.svg").write_text(chart([asdict(line) for line in lines], where), "utf-8")
-    drafts = named_drafts(config) if config["traces"] is None else {name: name for name in traces.drafts}
+    drafts = traces.paths or {name: name for name in traces.drafts}
     for size in sizes:
         write_choice(folder / f"batch-{size}", config, traces.target, recommended(lines, size), drafts, size)
 
@@ -378,41 +431,38 @@ def read_traces(folder: Path, longest: int) -> Traces:
         traces = Traces(answers=answers, **found)
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{str(path)!r} cannot be read as the traces of a forecast: run the forecast again.") from None
-    asked = max((len(own) for chances in traces.drafts.values() for row in chances for own in row), default=0)
-    if longest > asked and LOOKUP not in traces.drafts:
+    asked = traces.longest
+    if asked is None and LOOKUP not in traces.drafts:  # of an older version: a lookup proposes less than was asked for
+        asked = max((len(own) for chances in traces.drafts.values() for row in chances for own in row), default=0)
+    if asked is not None and longest > asked:
         raise InputError(f"draft_lengths goes up to {longest}, but the traces in {str(folder)!r} up to {asked}: give "
                          "shorter ones, or run that forecast again with longer ones.")
     return traces
 
 
-def _costs_elsewhere(config: dict[str, Any], traces: Traces, hardware: Hardware, lengths: Sequence[int],
-                     batch_sizes: Sequence[int]) -> dict[tuple[str, int], Costs]:
+def _costs_elsewhere(sizes: Mapping[str, Size], weight_bytes: float, traces: Traces, hardware: Hardware,
+                     lengths: Sequence[int], batch_sizes: Sequence[int]) -> dict[tuple[str, int], Costs]:
     from specbeam.hardware import Size, costs_on
 
-    sizes = config["sizes"]
-    weight_bytes = sizes.get("bytes_per_weight")
-    if not isinstance(weight_bytes, int | float) or isinstance(weight_bytes, bool) or weight_bytes <= 0:
-        raise InputError(f"sizes.bytes_per_weight is {weight_bytes!r}: give a number above 0 (bf16: 2, fp32: 4).")
     context = sum(len(one.prompt) + len(one.tokens) / 2 for one in traces.answers) / len(traces.answers)
-    target = _size(sizes.get("target")) or Size(*traces.sizes["target"])
+    target = sizes.get("target") or Size(*traces.sizes["target"])
     found = {}
     for draft in traces.drafts:
-        own = None if draft == LOOKUP else _size(sizes.get("draft")) or Size(*traces.sizes[draft])
+        own = None if draft == LOOKUP else sizes.get("draft") or Size(*traces.sizes[draft])
         for size in batch_sizes:
             found[draft, size] = costs_on(hardware, target, own, lengths, size, context, float(weight_bytes))
     return found
 
 
-def _size(path: str | None) -> Any:
+def _size(role: str, path: str | None) -> Size | None:
     if path is None:
         return None
-    check_path(path)
-    from transformers import AutoConfig
-
     from specbeam.hardware import size_of
+    from specbeam.models import open_config
 
+    config = open_config("bundled-draft" if role == "draft" and path == "bundled" else path)
     try:
-        return size_of(AutoConfig.from_pretrained(path))
+        return size_of(config)
     except Exception as error:
-        raise InputError(f"The config of {path!r} cannot be read for its size ({' '.join(str(error).split())[:200]}): "
-                         "give a folder with config.json or a hub id.") from None
+        raise InputError(f"The config of {path!r} does not tell its size ({' '.join(str(error).split())[:200]}): give "
+                         f"another with sizes.{role}=<folder or hub id>.") from None
