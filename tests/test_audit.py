@@ -56,7 +56,8 @@ def draws_of(settings, draws: int = 2000):
 def test_nothing_is_found_on_a_good_pair(kind):
     found = tokens_of(KINDS[kind])
     assert (found.method, found.dtype, found.verdict) == ("it", "float32", "same")
-    assert found.detail == "all 3 answers token for token"
+    alone = kind == "beam"
+    assert found.detail == "all 3 answers token for token" + ("" if alone else ", each alone and all as a batch")
 
 
 @pytest.mark.parametrize("kind", SAMPLED)
@@ -134,7 +135,36 @@ def test_the_other_of_two_tokens_with_equal_logits_is_a_near_tie_and_called_so(m
     assert found.verdict == verdict
     assert "the target's logits differ by" in found.detail
     if noise == 0.0:
-        assert "differ by 0 there" in found.detail and found.detail.startswith("3 of 3 answers; prompt 0, new token ")
+        assert "differ by 0 there" in found.detail and found.detail.startswith("6 of 6 answers; prompt 0, new token ")
+
+
+@pytest.mark.parametrize("apart, verdict", [(1.7, "near-ties"), (1.0, "different")])
+def test_a_near_tie_is_one_of_the_scores_that_decoding_chooses_by(monkeypatch, twins, apart, verdict):
+    """The prompt has one of each pair of twins, which repetition_penalty=1.7 lowers: those whose logits are equal are
+    no near-tie then, and those whose logits are that far apart are one."""
+    honest = acceptance.follow
+    with torch.no_grad():
+        twins.get_output_embeddings().weight[50:95] *= apart
+    monkeypatch.setattr(acceptance, "follow", lambda *args: (
+        [], (token := honest(*args)[1]) + (45 if token < 50 else -45)))
+    settings = KINDS["chain"] | {"repetition_penalty": 1.7, "max_new_tokens": 1, "suppress_tokens": [*range(5), *range(
+        95, 101)]}
+    found = audit_tokens("it", settings, twins, twins, [torch.arange(50, 95)])
+    assert (found.verdict, "new token 0: the target's logits differ by" in found.detail) == (verdict, True)
+
+
+def test_a_fault_that_only_a_batch_shows_is_a_real_difference(monkeypatch):
+    from specbeam.decoding import speculative
+
+    honest = speculative._choose
+
+    def crossed(request, batch, live, *args):
+        paths, following = honest(request, batch, live, *args)
+        return (paths, following) if len(live) < 3 else ([[] for _ in live], following[::-1])
+
+    monkeypatch.setattr(speculative, "_choose", crossed)
+    found = tokens_of(KINDS["chain"])
+    assert found.verdict == "different" and " in a batch, new token " in found.detail
 
 
 @pytest.mark.parametrize("preferred, verdict", [(1e-6, "near-ties"), (0.5, "different")])
@@ -309,12 +339,23 @@ def test_a_pair_with_two_vocabularies_is_audited_across_them(folders, capsys):
     assert "in all 3 checks" in capsys.readouterr().out
 
 
+def test_what_no_dtype_lets_check_is_said(folders, capsys):
+    assert command(folders, "dtypes=[bfloat16]", "methods={chain: {kind: speculative}, drawn: {kind: speculative, "
+                   "temperature: 1.0}}") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "Not checked: drawn (sampled methods are audited in float32 only" in out
+    assert "the target's own in 1 check." in out
+
+
 @pytest.mark.parametrize("override, sentence", [
     ("draws=0", "draws"), ("dtypes=float32", "dtypes is 'float32'"), ("dtypes=[]", "dtypes is []"),
     ("methods={plain: {kind: greedy}}", "an audit is of speculative kinds"), ("only=[nobody]", "nobody"),
+    ("only=[speculative_sampled]; dtypes=[bfloat16]", "speculative_sampled samples, which is audited in float32 only"),
+    ("dtypes=[float16]; methods={it: {kind: speculative, temperature: 0.5}}",
+     "it samples, which is audited in float32"),
     ("target.path=null", "target.path is null"), ("max_new_tokens=-1", "max_new_tokens"),
 ])
 def test_what_makes_no_sense_ends_with_2_and_one_sentence(folders, capsys, override, sentence):
-    assert command(folders, override) == 2
+    assert command(folders, *override.split("; ")) == 2
     said = capsys.readouterr().err
     assert sentence in said and said.count("\n") == 1

@@ -1,10 +1,11 @@
 """`specbeam audit`: does a speculative method give the target's own output, on a user's own pair?
 
-Greedy and beams: token for token against the plain method in the same dtype. Where they first differ, the target
-says why: two tokens whose logits lie closer than rounding are a near-tie (the kernels for one token and for several
-round differently, in bf16 visibly), anything else is a real difference. Of beams that is the first step after which
-other beams run on, and the scores of the two that took each other's place, by a plain forward of each. Sampling: draws
-of the first four new tokens against their exact distribution, computed by plain forwards over all that can be drawn.
+Greedy and beams: token for token against the plain method in the same dtype, greedy also as one ragged batch. Where
+they first differ, the target says why: two tokens whose logits, as the processors left them, lie closer than rounding
+are a near-tie (the kernels for one token and for several round differently, in bf16 visibly), anything else is a real
+difference. Of beams that is the first step after which other beams run on, and the scores of the two that took each
+other's place, by a plain forward of each. Sampling: draws of the first four new tokens against their exact
+distribution, computed by plain forwards over all that can be drawn.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from specbeam.decoding import METHODS, method_family
-from specbeam.decoding.request import settle
+from specbeam.decoding.request import Request, settle
 from specbeam.sampling import process
 from specbeam.trace import SearchTree
 
@@ -29,6 +30,7 @@ _STEPS = 4  # the first comes from prefill, then two proposals and what follows 
 _MOST_DRAWS = 5  # times `draws`, where the draft is rarely right and acceptance would hardly be tried
 _PILOT = 100  # draws that only count what is accepted
 _PROMPTS = 3  # to draw after
+_BATCH = 8  # rows of the greedy batch that run at once
 _OF_DRAFTS = ("draft_tokenizer", "temperature")  # no options of the plain greedy and beam methods
 # Logits closer than this part of the largest one are equal up to rounding of the dtype.
 _ROUNDING = {torch.float32: 2e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}
@@ -45,36 +47,55 @@ class Finding:
 
 
 def audit_tokens(label: str, settings: dict[str, Any], target: Any, draft: Any, prompts: Sequence[Tensor]) -> Finding:
-    """Greedy or beams: the method's tokens against the plain method's, one prompt at a time."""
+    """Greedy or beams: the method's tokens against the plain method's, prompt by prompt; greedy also in one batch."""
     settings = dict(settings)
     kind = settings.pop("kind")
     plain_kind = "beam" if METHODS[kind].family == "beam" else "greedy"
     own = (*METHODS[kind].options, *_OF_DRAFTS)
     shared = {name: value for name, value in settings.items() if name not in own}
     watched = {"trace": True} if plain_kind == "beam" and settings.get("num_beams", 2) > 1 else {}
+    plain: list[list[int]] = []
     ties: list[str] = []
+
+    def differ(number: int, mine: list[int], where: str = "") -> tuple[str, bool]:
+        """Where an answer leaves the plain one, and whether that is more than rounding."""
+        theirs, prompt = plain[number], prompts[number]
+        place = next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b),
+                     min(len(mine), len(theirs)))
+        gap, size = _gap(target, prompt, theirs[:place], _at(theirs, place), _at(mine, place), shared)
+        return (f"prompt {number}{where}, new token {place}: the target's logits differ by {gap:.3g} there",
+                not gap <= _ROUNDING[target.dtype] * size)  # NaN is no near-tie
+
     for number, prompt in enumerate(prompts):
         theirs = METHODS[plain_kind].load()(target, [prompt], **shared, **watched)
         ours = METHODS[kind].load()(target, draft, [prompt], **settings, **watched)
-        plain, mine = theirs.tokens[0], ours.tokens[0]
-        if mine == plain:
+        plain.append(theirs.tokens[0])
+        mine = ours.tokens[0]
+        if mine == plain[-1]:
             continue
         if theirs.search is None:
-            place = next((i for i, (a, b) in enumerate(zip(mine, plain, strict=False)) if a != b),
-                         min(len(mine), len(plain)))
-            gap, size = _gap(target, [*prompt.tolist(), *plain[:place]], _at(plain, place), _at(mine, place))
-            sentence = f"prompt {number}, new token {place}: the target's logits differ by {gap:.3g} there"
+            sentence, wrong = differ(number, mine)
         else:
             place, paths = _parting(theirs.search[0], ours.search[0])
-            gap, size = _beam_gap(target, prompt, paths or ([plain], [mine]), shared)
+            gap, size = _beam_gap(target, prompt, paths or ([plain[-1]], [mine]), shared)
             where = f"step {place}: the scores of the beams that run on" if paths else "the scores of the best answers"
-            sentence = f"prompt {number}, {where} differ by {gap:.3g}"
-        if gap > _ROUNDING[target.dtype] * size:
+            sentence, wrong = f"prompt {number}, {where} differ by {gap:.3g}", not gap <= _ROUNDING[target.dtype] * size
+        if wrong:
             return Finding(label, _name(target), "different", sentence)
         ties.append(sentence)
+    checked, how = len(prompts), "token for token"
+    if plain_kind == "greedy" and len(prompts) > 1:
+        checked, how = 2 * len(prompts), "token for token, each alone and all as a batch"
+        batch = METHODS[kind].load()(target, draft, list(prompts), **settings, batch_size=min(_BATCH, len(prompts)))
+        for number, mine in enumerate(batch.tokens):
+            if mine != plain[number]:
+                sentence, wrong = differ(number, mine, " in a batch")
+                if wrong:
+                    return Finding(label, _name(target), "different", sentence)
+                ties.append(sentence)
     if ties:
-        return Finding(label, _name(target), "near-ties", f"{len(ties)} of {len(prompts)} answers; {ties[0]}")
-    return Finding(label, _name(target), "same", f"all {len(prompts)} answers token for token")
+        return Finding(label, _name(target), "near-ties", f"{len(ties)} of {checked} answers; {ties[0]}")
+    return Finding(label, _name(target), "same", f"all {len(prompts)} answers {how}")
 
 
 Paths = list[list[int]]
@@ -100,8 +121,7 @@ def _beam_gap(target: Any, prompt: Tensor, paths: tuple[Paths, Paths], options: 
     under the length penalty), and the target's largest logit in size times the square root of the steps."""
     if not all(paths):
         return float("inf"), 1.0
-    plain = {name: value for name, value in options.items() if name not in ("num_beams", "num_return_sequences")}
-    request = settle(target, [prompt], None, sampled=False, **plain)
+    request = _settled(target, prompt, options)
     scores: list[list[float]] = [[], []]
     size, penalty = 0.0, float(request.config.length_penalty or 0.0)
     ended = len({len(tokens) for side in paths for tokens in side}) > 1
@@ -235,13 +255,23 @@ def audit(methods: dict[str, dict[str, Any]], dtypes: Sequence[str], load: Calla
     return findings
 
 
-def _gap(target: Any, context: list[int], plain: int | None, mine: int | None) -> tuple[float, float]:
-    """Difference of the target's logits of two tokens after `context`, and its largest logit in size."""
+def _settled(target: Any, prompt: Tensor, options: dict[str, Any]) -> Request:
+    """This prompt with its processors, which are those of one answer however many beams there are."""
+    single = {name: value for name, value in options.items() if name not in ("num_beams", "num_return_sequences")}
+    return settle(target, [prompt], None, sampled=False, **single)
+
+
+def _gap(target: Any, prompt: Tensor, answer: list[int], plain: int | None, mine: int | None, options: dict[str, Any]
+         ) -> tuple[float, float]:
+    """Difference of the target's logits of two tokens after prompt and answer, as the processors leave them (that is
+    what decoding chooses by), and its largest logit in size."""
     if plain is None or mine is None:
         return float("inf"), 1.0
+    text = [*prompt.tolist(), *answer]
     with torch.inference_mode():
-        logits = target(input_ids=torch.tensor([context], device=target.device), use_cache=False).logits[0, -1].float()
-    return abs(float(logits[plain] - logits[mine])), float(logits.abs().max())
+        logits = target(input_ids=torch.tensor([text], device=target.device), use_cache=False).logits[:, -1:].float()
+    scores = process(logits, [_settled(target, prompt, options).rows[0].processors], lambda *_: text)[0, 0]
+    return abs(float(scores[plain] - scores[mine])), float(logits.abs().max())
 
 
 def _at(tokens: list[int], place: int) -> int | None:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from specbeam.errors import InputError
 from specbeam.experiment.loaded import Models
-from specbeam.experiment.plan import check_device_and_dtype, check_draft, check_whole, model_path, plan_methods
+from specbeam.experiment.plan import (
+    PlannedMethod,
+    check_device_and_dtype,
+    check_draft,
+    check_whole,
+    in_words,
+    model_path,
+    plan_methods,
+)
 from specbeam.experiment.prompts import prompts_from_config
 from specbeam.runners import check_runner
 
@@ -37,6 +46,7 @@ def run_audit(config: dict[str, Any], console: Console) -> int:
     draft = check_draft(methods, target, model_path(config, "draft"))
     for dtype in dtypes:
         check_device_and_dtype(config["device"], dtype)
+    check_sampled(methods, dtypes, config["device"], config["only"])
     check_runner(config["runner"] or "auto", config["precision"], config["draft"].get("precision"))
     prompts = prompts_from_config(config)
 
@@ -56,6 +66,12 @@ def run_audit(config: dict[str, Any], console: Console) -> int:
 
     settings = {method.label: method.settings for method in methods}
     findings = audit(settings, dtypes, load, [prompt.conversation(0) for prompt in prompts], config, say)
+    if not findings:  # dtype auto was not float32
+        raise InputError(f"dtypes is {dtypes}, in which nothing was checked: sampled methods are audited in float32 "
+                         "only, so add it.")
+    if left_out := [label for label in settings if label not in {finding.method for finding in findings}]:
+        console.print(f"Not checked: {in_words(left_out)} (sampled methods are audited in float32 only: add it to "
+                      "dtypes).", style="yellow", highlight=False, soft_wrap=True)
     wrong = [finding for finding in findings if finding.verdict == "different"]
     ties = [finding for finding in findings if finding.verdict == "near-ties"]
     if wrong:
@@ -65,3 +81,17 @@ def run_audit(config: dict[str, Any], console: Console) -> int:
     console.print(f"Verdict: the output is the target's own in {'all ' * (len(findings) > 1)}{len(findings)} "
                   f"check{'s' * (len(findings) > 1)}{rest}.", style="bold green")
     return 0
+
+
+def check_sampled(methods: Sequence[PlannedMethod], dtypes: list[str], device: str | None, only: Any) -> None:
+    """Raises InputError for sampled methods that no dtype lets check, if they were asked for by name or are all."""
+    from specbeam.models import resolve_device, resolve_dtype
+
+    where = resolve_device(device or "auto")
+    known = {str(resolve_dtype(dtype, where)) for dtype in dtypes}
+    labels = [method.label for method in methods if method.samples]
+    if not labels or known & {"torch.float32", "auto"}:  # auto: the checkpoint says
+        return
+    if only is not None or len(labels) == len(methods):
+        raise InputError(f"dtypes is {dtypes}, but {in_words(labels)} sample{'s' * (len(labels) == 1)}, which is "
+                         "audited in float32 only (the rounding of others is no property of the method): add float32.")
