@@ -214,6 +214,11 @@ def test_auto_samples_from_the_target(tmp_path):
     ({"confidence_threshold": 1.0}, "confidence_threshold"),
     ({"confidence_threshold": 0.5, "branching": [2]}, "adapt chains"), ({"costs": "x.json"}, "costs='x.json' belongs"),
     ({"draft_length": "auto", "tree_nodes": 4}, "adapt chains"), ({"draft_length": "auto", "costs": "none"}, "none"),
+    ({"draft_length": "auto", "confidence_threshold": 0.3}, "both say when a proposal ends"),
+    ({"tree_width": 2}, "tree_width=2 does nothing without tree_nodes"), ({"tree_nodes": 2.5}, "tree_nodes is 2.5"),
+    ({"tree_nodes": True}, "tree_nodes is True"), ({"tree_nodes": 4, "tree_width": "3"}, "tree_width is '3'"),
+    ({"drafter": "early_exit", "exit_layer": 1.5}, "exit_layer is 1.5"),
+    ({"confidence_threshold": "half"}, "confidence_threshold is 'half'"),
     ({"acceptance": "greedy"}, "acceptance is 'greedy'"), ({"drafter": "oracle"}, "drafter is 'oracle'"),
 ], ids=str)
 def test_what_makes_no_sense_is_refused_in_one_sentence(options, sentence):

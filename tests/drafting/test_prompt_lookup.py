@@ -90,6 +90,7 @@ def test_repetition_is_found_and_a_text_without_any_proposes_nothing():
     ({"ngram": 0}, "ngram is 0"), ({"branches": 0}, "branches is 0"), ({"ngram": 2.5}, "ngram is 2.5"),
     ({"branching": [2, 1]}, "branching=.2, 1. does nothing|branching=.*does nothing"),
     ({"tree_nodes": 8}, "tree_nodes=8 does nothing"), ({"corpus": "x.jsonl"}, "corpus='x.jsonl' does nothing"),
+    ({"confidence_threshold": 0.4}, "confidence_threshold=0.4 does nothing with drafter=prompt_lookup"),
     ({"exit_layer": 1}, "exit_layer=1 does nothing"), ({"min_match": 2}, "min_match=2 does nothing")])
 def test_options_that_make_no_sense_are_one_sentence(options, words):
     with pytest.raises(InputError, match=words):

@@ -80,6 +80,8 @@ VOCABULARIES = ("same", "tli", "slem", "auto")  # of target and draft (cross_voc
 OPTIONS_OF = {  # options that only some drafters know: with another one they are refused, never ignored
     "branching": ("draft_model", "early_exit", "combined"),
     "tree_nodes": ("draft_model", "early_exit", "combined", "token_recycling", "suffix"),
+    "tree_width": ("draft_model", "early_exit", "combined"),
+    "confidence_threshold": ("draft_model", "early_exit", "combined", "suffix"),
     "ngram": ("prompt_lookup",), "branches": ("prompt_lookup",), "corpus": ("suffix", "combined"),
     "exit_layer": ("early_exit",), "min_match": ("combined",), "vocabulary": ("draft_model", "combined"),
 }
@@ -138,37 +140,36 @@ class Settings:
         """Raises InputError for settings that make no sense, in one sentence."""
         if self.drafter not in DRAFTERS:
             raise InputError(f"drafter is {self.drafter!r}: it is one of {', '.join(DRAFTERS)}.")
+        self._check_types()
         number = isinstance(self.draft_length, int) and not isinstance(self.draft_length, bool)
         if self.draft_length != "auto" and not (number and self.depth >= 1):
             raise InputError(f"draft_length is {self.draft_length!r}: it is the number of tokens proposed per round, "
                              "at least 1 (greedy runs without a draft), or \"auto\".")
-        if not 0 <= self.confidence_threshold < 1:
-            raise InputError(f"confidence_threshold is {self.confidence_threshold}: it is a probability below 1 (0: "
+        number = isinstance(self.confidence_threshold, int | float) and not isinstance(self.confidence_threshold, bool)
+        if not number or not 0 <= self.confidence_threshold < 1:
+            raise InputError(f"confidence_threshold is {self.confidence_threshold!r}: it is a probability below 1 (0: "
                              "propose draft_length tokens whatever the draft thinks).")
         if (self.draft_length == "auto" or self.confidence_threshold) and (self.branching or self.tree_nodes):
             raise InputError("draft_length=auto and confidence_threshold adapt chains, but a tree was asked for "
                              "(branching or tree_nodes): choose one.")
+        if self.draft_length == "auto" and self.confidence_threshold:
+            raise InputError(f"draft_length=auto and confidence_threshold={self.confidence_threshold} both say when a "
+                             "proposal ends: leave confidence_threshold out, or give draft_length a number.")
         if self.costs and self.draft_length != "auto":
             raise InputError(f"costs={self.costs!r} belongs to draft_length=auto, but draft_length is "
                              f"{self.draft_length}.")
-        if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in self.branching):
-            raise InputError(f"branching is {list(self.branching)}: it says how many children a node has at each "
-                             "depth, each at least 1.")
-        if self.tree_nodes < 0 or self.tree_width < 1:
-            raise InputError(f"tree_nodes is {self.tree_nodes} and tree_width {self.tree_width}: both must be at "
-                             "least 1.")
         if self.branching and self.tree_nodes:
             raise InputError("branching and tree_nodes were both given: a tree is either of a fixed shape or grown.")
         for name, drafters in OPTIONS_OF.items():
             if getattr(self, name) != getattr(Settings, name) and self.drafter not in drafters:
                 raise InputError(f"{name}={getattr(self, name)!r} does nothing with drafter={self.drafter}: leave it "
                                  f"out, or use drafter={' or '.join(drafters)}.")
+        if self.tree_width != Settings.tree_width and not self.tree_nodes:
+            raise InputError(f"tree_width={self.tree_width} does nothing without tree_nodes, the size of a grown tree: "
+                             "give tree_nodes=…, or leave tree_width out.")
         if self.drafter == "suffix" and self.tree_nodes and self.corpus is None:
             raise InputError("tree_nodes with drafter=suffix makes a tree of what followed in a corpus, but there is "
                              "none: give corpus=<file.jsonl>, or leave tree_nodes out.")
-        for name in ("ngram", "branches", "min_match"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)!r}: it must be a whole number, at least 1.")
         if self.vocabulary not in VOCABULARIES:
             raise InputError(f"vocabulary is {self.vocabulary!r}: it is one of {', '.join(VOCABULARIES)}.")
         if self.vocabulary != "same" and (draft is None or self.tokenizer is None or self.draft_tokenizer is None):
@@ -192,6 +193,20 @@ class Settings:
         if self.drafter in NEEDS_DRAFT and draft is None:
             raise InputError(f"drafter={self.drafter} needs a draft model and none was given: give one, or choose "
                              "another drafter.")
+
+    def _check_types(self) -> None:
+        """What is no number is refused before anything is computed with it."""
+        children = self.branching
+        if not isinstance(children, tuple) or any(type(n) is not int or n < 1 for n in children):
+            said = list(children) if isinstance(children, tuple) else children
+            raise InputError(f"branching is {said!r}: it says how many children a node has at each depth, as in "
+                             "[3, 2, 1], each at least 1.")
+        for name in ("ngram", "branches", "min_match", "tree_width", "tree_nodes"):
+            value = getattr(self, name)
+            if type(value) is not int or value < (name != "tree_nodes"):  # 0 nodes: no tree was asked for
+                raise InputError(f"{name} is {value!r}: it must be a whole number, at least 1.")
+        if self.exit_layer is not None and type(self.exit_layer) is not int:
+            raise InputError(f"exit_layer is {self.exit_layer!r}: it must be a whole number, how many layers draft.")
 
 
 def make_drafter(settings: Settings, target: Any, draft: Any, request: Any, vocabulary: int) -> Drafter:

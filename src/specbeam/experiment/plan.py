@@ -72,7 +72,7 @@ RESERVED = {
 RANGES: dict[str, tuple[type, float, bool, float]] = {
     "draft_length": (int, 1, True, float("inf")),
     "confidence_threshold": (float, 0, True, 1),
-    "tree_nodes": (int, 0, True, float("inf")),
+    "tree_nodes": (int, 1, True, float("inf")),
     "tree_width": (int, 1, True, float("inf")),
     "ngram": (int, 1, True, float("inf")),
     "branches": (int, 1, True, float("inf")),
