@@ -68,6 +68,23 @@ def test_every_option_means_what_it_means_in_generate(option):
         assert torch.equal(theirs, mine)
 
 
+def test_a_trie_that_proposals_leave_is_what_it_is_in_generate():
+    trie = [[10, 11, 12, EOS], [10, 11, 50, 51, EOS], [60, 61, EOS]]
+    told = [10, 11, 20, 21, 10, 11, 20, 60, 61, 40, 30]
+    rows, mask = left_padded([torch.tensor(told), torch.tensor(told[7:])])
+
+    def allowed(_, ids):
+        said = ids[rows.shape[1]:].tolist()
+        return sorted({answer[len(said)] for answer in trie
+                       if answer[: len(said)] == said and len(answer) > len(said)}) or (
+            [EOS] if EOS in said else [])  # rows of `generate` go on behind their end
+
+    for method in plain().values():
+        theirs, mine = both(model("llama"), method, rows, attention_mask=mask, **GREEDY,
+                            prefix_allowed_tokens_fn=allowed)
+        assert torch.equal(theirs, mine)
+
+
 @pytest.mark.parametrize("settings", [
     {"max_new_tokens": 12} | HONOURED["several at once"], HONOURED["forced_eos_token_id"],
     HONOURED["prefix_allowed_tokens_fn"],

@@ -32,10 +32,11 @@ from transformers.generation import (
 from specbeam.decoding import METHODS
 from specbeam.decoding.beam import beam_generate
 from specbeam.decoding.greedy import greedy_generate
-from specbeam.decoding.request import REFUSED, REFUSED_FROM_CHECKPOINT, Request, Row
+from specbeam.decoding.request import REFUSED, REFUSED_FROM_CHECKPOINT, Request, Row, allowing
 from specbeam.decoding.sample import sample_generate
 from specbeam.decoding.speculative import speculative_generate
 from specbeam.decoding.speculative_beam import speculative_beam_generate
+from specbeam.engine.runner import embedding
 from specbeam.errors import InputError
 from specbeam.trace import GenerationOutput, SearchTree
 
@@ -171,7 +172,8 @@ def _decode(name: str, run: Callable[[PreTrainedModel, Request], GenerationOutpu
             one for one in stopping_criteria if not isinstance(one, MaxLengthCriteria | EosTokenCriteria))
         if stop[0] is not None:
             criteria.append(StopStringCriteria(stop[1], stop[0]))
-        rows = _rows(input_ids[::width], mask[::width], width, logits_processor, generation_config, keeper, seed)
+        rows = _rows(input_ids[::width], mask[::width], width, logits_processor, generation_config, keeper, seed,
+                     embedding(model).shape[0])
         eos = generation_config._eos_token_tensor
         pad = generation_config._pad_token_tensor
         if pad is None and len(rows) > 1 and (criteria or eos is not None):
@@ -259,7 +261,7 @@ def _check_inputs(name: str, model: PreTrainedModel, input_ids: Tensor, model_kw
 
 
 def _rows(input_ids: Tensor, mask: Tensor, width: int, processors: LogitsProcessorList, config: GenerationConfig,
-          keeper: _Keeper | None, seed: int | None) -> list[Row]:
+          keeper: _Keeper | None, seed: int | None, vocabulary: int) -> list[Row]:
     """The batch as our methods want it. The caller's code sees what it sees in `generate`: padding and all."""
     if seed is None:
         seeds = torch.randint(2**62, (len(input_ids),)).tolist() if config.do_sample else [0] * len(input_ids)
@@ -271,23 +273,25 @@ def _rows(input_ids: Tensor, mask: Tensor, width: int, processors: LogitsProcess
     for number, (ids, seen) in enumerate(zip(input_ids.tolist(), mask.bool().tolist(), strict=True)):
         prompt = [token for token, real in zip(ids, seen, strict=True) if real]
         padding = tuple(token for token, real in zip(ids, seen, strict=True) if not real)
-        own = LogitsProcessorList(_for_row(one, number, number * width) for one in processors)
+        impossible: set[tuple[int, ...]] = set()
+        own = LogitsProcessorList(_for_row(one, number, number * width, vocabulary, impossible) for one in processors)
         if padding and own:
             own = LogitsProcessorList([_Padded(padding, own)])
         own = shared.setdefault(number if apart else len(padding), own)
         if keeper is not None:
             own = keeper.around(number, own)
         rows.append(Row(prompt, config.max_length - len(ids), own, torch.Generator().manual_seed(seeds[number]),
-                        padding))
+                        padding, impossible))
     return rows
 
 
-def _for_row(processor: LogitsProcessor, row: int, place: int) -> LogitsProcessor:
+def _for_row(processor: LogitsProcessor, row: int, place: int, vocabulary: int, impossible: set[tuple[int, ...]]
+             ) -> LogitsProcessor:
     """What a processor is for one row alone: transformers' own that count the rows of a batch would miscount ours,
     which leave it. place: of the row among those that `generate` made of the batch (num_beams times as many)."""
     if isinstance(processor, PrefixConstrainedLogitsProcessor):
         asked = processor._prefix_allowed_tokens_fn
-        return PrefixConstrainedLogitsProcessor(lambda _, ids: asked(row, ids), 1)
+        return PrefixConstrainedLogitsProcessor(allowing(asked, row, vocabulary, impossible), 1)
     if isinstance(processor, RepetitionPenaltyLogitsProcessor):
         skipped = processor.prompt_ignore_length  # of each row, its padding (since 5.2x; before: none)
         if isinstance(skipped, Tensor):

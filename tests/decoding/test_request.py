@@ -6,10 +6,19 @@ import pytest
 import torch
 import transformers as hf
 from options import ROWS
-from reference import changed, letters, model, right_padded
+from reference import changed, generated, letters, model, right_padded
+from refusals import refusal
 from tiny import EOS, left_padded, prompts
 
-from specbeam import InputError, beam_generate, greedy_generate, sample_generate, speculative_generate
+from specbeam import (
+    InputError,
+    beam_generate,
+    greedy_generate,
+    sample_generate,
+    speculative_beam_generate,
+    speculative_generate,
+    stochastic_beam_generate,
+)
 from specbeam.decoding.request import prompt_rows, settle
 
 WANTED = [row.tolist() for row in ROWS]
@@ -166,6 +175,66 @@ def test_rows_of_one_length_share_their_processors_unless_the_caller_brought_som
     assert shared[0].processors is not shared[2].processors
     own = settle(model("llama"), rows, None, sampled=False, prefix_allowed_tokens_fn=lambda row, ids: [3]).rows
     assert own[0].processors is not own[1].processors
+
+
+# A trie of answers allows nothing behind a text that left it or ended. Proposals go there; answers do not.
+
+TOLD = torch.tensor([10, 11, 12, 13, 14, 20, 21, 10, 11, 12, 13, 14, 30])
+TRIE = [[10, 11, 12, 13, EOS], [10, 11, 12, 50, 51, 52, EOS], [60, 61, EOS]]
+DRAFTED = {
+    "looked up": {"drafter": "prompt_lookup"}, "a chain": {}, "a tree": {"branching": [3, 2, 2, 1]},
+    "a grown tree": {"tree_nodes": 12}, "recycled": {"drafter": "token_recycling"}, "auto": {"draft_length": "auto"},
+    "in part early": {"drafter": "early_exit"},
+}
+
+
+def within(answers: list[list[int]]):
+    def allowed(_: int, ids: torch.Tensor) -> list[int]:
+        said = ids[len(TOLD):].tolist()
+        return sorted({answer[len(said)] for answer in answers
+                       if answer[: len(said)] == said and len(answer) > len(said)})
+
+    return allowed
+
+
+@pytest.mark.parametrize("drafted", DRAFTED)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_proposal_that_a_trie_does_not_allow_is_only_rejected(drafted, seed):
+    target = model("llama", seed=seed)
+    options = {"max_new_tokens": 12, "prefix_allowed_tokens_fn": within(TRIE)}
+    wanted = generated(target, TOLD, **options)
+    assert wanted in TRIE
+    assert greedy_generate(target, [TOLD] * 2, **options).tokens == [wanted] * 2
+    out = speculative_generate(target, target, [TOLD] * 2, **DRAFTED[drafted], **options)
+    assert out.tokens == [wanted] * 2
+    drawn = speculative_generate(target, target, [TOLD] * 20, temperature=3.0, **DRAFTED[drafted], **options).tokens
+    assert all(answer in TRIE for answer in drawn) and len({tuple(answer) for answer in drawn}) > 1
+
+
+def test_chains_are_judged_as_a_block_there_too():
+    drawn = speculative_generate(model("llama"), model("llama", seed=1), [TOLD] * 50, temperature=3.0,
+                                 acceptance="block", max_new_tokens=12, prefix_allowed_tokens_fn=within(TRIE)).tokens
+    assert all(answer in TRIE for answer in drawn)
+
+
+@pytest.mark.parametrize("num_beams", [2, 3])
+def test_beams_that_a_trie_has_no_room_for_do_not_count(num_beams):
+    options = {"max_new_tokens": 12, "prefix_allowed_tokens_fn": within(TRIE), "num_beams": num_beams}
+    target = model("llama")
+    wanted = beam_generate(target, [TOLD], **options)
+    assert wanted.tokens[0] in TRIE
+    out = speculative_beam_generate(target, target, [TOLD], **options)
+    assert out.tokens == wanted.tokens
+    assert out.hypotheses[0][0].score == pytest.approx(wanted.hypotheses[0][0].score, rel=1e-5)
+
+
+@pytest.mark.parametrize("generate", [
+    greedy_generate, sample_generate, speculated, beam_generate, stochastic_beam_generate],
+    ids=["greedy", "sample", "speculative", "beam", "stochastic"])
+def test_an_answer_that_gets_where_nothing_is_allowed_is_refused_in_one_sentence(generate):
+    dead = [[10, 11, 12, 13]] * 2
+    sentence = refusal(generate, model("llama"), [TOLD], max_new_tokens=12, prefix_allowed_tokens_fn=within(dead))
+    assert "allows nothing after 4 new tokens (the last are [11, 12, 13])" in sentence
 
 
 def test_settling_leaves_the_checkpoints_defaults_alone():

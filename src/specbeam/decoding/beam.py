@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specbeam.decoding.greedy import greedy_generate
-from specbeam.decoding.request import Request, settle
+from specbeam.decoding.request import Request, refuse_impossible, settle
 from specbeam.decoding.rows import Batch, stops
 from specbeam.engine.support import adapt, check_lengths, evaluating
 from specbeam.engine.tree import leaves, read_prompts
@@ -160,6 +160,12 @@ def step(beams: Sequence[Beams], log_probs: Tensor, rule: Ranking, request: Requ
     row.
     """
     width, vocabulary = log_probs.shape[1:]
+    for row, number in zip(beams, live, strict=True):
+        if request.rows[number].impossible:
+            for tokens, score in zip(row.tokens, row.scores, strict=True):
+                if score > _NEVER / 2:  # what ended, or was not allowed, fills places that nobody else takes
+                    refuse_impossible(request.rows[number], tokens)
+            request.rows[number].impossible.clear()
     before = torch.tensor([row.scores for row in beams], device=log_probs.device)
     best, index = rule.candidates(log_probs.add_(before[..., None]).flatten(1), rule.keep, live)
     best = best.cpu()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -46,7 +46,8 @@ class Row:
     max_new_tokens: int
     processors: LogitsProcessorList
     generator: torch.Generator
-    padding: tuple[int, ...] = ()  # before the prompt, for the caller's stopping criteria alone
+    padding: tuple[int, ...] = ()  # before the prompt, for the caller's own code alone
+    impossible: set[tuple[int, ...]] = field(default_factory=set)  # texts that nothing may follow, of this round
 
 
 @dataclass(frozen=True)
@@ -111,15 +112,17 @@ def settle(
         own.max_length = len(prompt) + _room(config, len(prompt), context)
         if own.min_new_tokens is not None:
             own.min_length = len(prompt) + own.min_new_tokens
+        impossible: set[tuple[int, ...]] = set()
         processors = _said(partial(
             target._get_logits_processor, generation_config=own, input_ids_seq_length=len(prompt),
             logits_processor=logits_processor or LogitsProcessorList(),
-            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn and partial(_allowed, prefix_allowed_tokens_fn, number),
+            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn and allowing(
+                prefix_allowed_tokens_fn, number, embedding(target).shape[0], impossible),
             device=target.device))
         if not logits_processor and prefix_allowed_tokens_fn is None:
             processors = shared.setdefault(len(prompt), processors)
         generator = torch.Generator().manual_seed(seeds[number])
-        rows.append(Row(prompt, own.max_length - len(prompt), processors, generator))
+        rows.append(Row(prompt, own.max_length - len(prompt), processors, generator, impossible=impossible))
 
     stopping = copy.copy(config)
     stopping.max_length, stopping._eos_token_tensor = None, None  # these two are ours (rows.py)
@@ -129,9 +132,28 @@ def settle(
     return Request(rows, config, eos, criteria, streamer, trace, batch_size)
 
 
-def _allowed(asked: Callable[[int, Tensor], list[int]], row: int, _: int, ids: Tensor) -> list[int]:
-    """Rows are processed one by one, so that transformers would call every row number 0."""
-    return asked(row, ids)
+def allowing(asked: Callable[[int, Tensor], list[int]], row: int, vocabulary: int, impossible: set[tuple[int, ...]]
+             ) -> Callable[[int, Tensor], Any]:
+    """prefix_allowed_tokens_fn for one row: rows are processed one by one, so that transformers would call every row
+    number 0.
+
+    Where it allows nothing, transformers raises. But that may be behind a proposal that is never kept (or behind EOS):
+    anything may follow there, and whoever gets there asks `refuse_impossible`."""
+    def allowed(_: int, ids: Tensor) -> Any:
+        found = asked(row, ids)
+        if len(found):
+            return found
+        impossible.add(tuple(ids.tolist()))
+        return torch.arange(vocabulary, device=ids.device)
+
+    return allowed
+
+
+def refuse_impossible(row: Row, answer: Sequence[int]) -> None:
+    """Raises InputError where prefix_allowed_tokens_fn lets nothing follow this answer."""
+    if row.impossible and (*row.padding, *row.prompt, *answer) in row.impossible:
+        raise InputError(f"prefix_allowed_tokens_fn allows nothing after {len(answer)} new tokens (the last are "
+                         f"{list(answer[-3:])}): let it allow at least one, such as the EOS id.")
 
 
 def prompt_rows(input_ids: Tensor | Sequence[Tensor], attention_mask: Tensor | None) -> list[list[int]]:

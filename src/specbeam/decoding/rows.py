@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from specbeam.decoding.request import Request
+from specbeam.decoding.request import Request, refuse_impossible
 from specbeam.trace import GenerationOutput, Hypothesis, Round, RowTrace, search_trees
 
 
@@ -84,12 +84,14 @@ class Batch:
         state = self.rows[row]
         before = len(state.tokens)
         for token, source in zip(tokens, sources, strict=True):
+            refuse_impossible(self.request.rows[row], state.tokens)
             state.tokens.append(token)
             state.sources.append(source)
             state.token_rounds.append(len(state.rounds) + (state.first_tokens > 0))
             state.finish_reason = self._ending(row, state, token)
             if state.finish_reason is not None:
                 break
+        self.request.rows[row].impossible.clear()  # the next round asks anew
         if self.request.streamer is not None:
             if hasattr(self.request.streamer, "sources"):  # it wants to know where the tokens come from
                 self.request.streamer.sources(state.sources[before:])

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specbeam.decoding.beam import Ranked, check_beams, endings, search
-from specbeam.decoding.request import Request, settle
+from specbeam.decoding.request import Request, refuse_impossible, settle
 from specbeam.engine.support import evaluating
 from specbeam.errors import InputError
 from specbeam.sampling import gumbels, process
@@ -110,6 +110,11 @@ def stochastic_beam_generate(
         noise = gumbels([request.rows[row].generator for row in live], log_probs[0].numel(), scores.device)
         perturbed = conditioned(log_probs + noise.view(log_probs.shape), before[1][..., None])
         runs = torch.tensor([state.runs() for state in states], device=scores.device)
+        for state, row in zip(states, live, strict=True):
+            for tokens, on in zip(state.tokens, state.runs(), strict=True):
+                if on:
+                    refuse_impossible(request.rows[row], tokens)
+            request.rows[row].impossible.clear()
         if bool(perturbed[runs].isnan().any()):
             raise InputError("there is no token to draw: the options exclude all of them, or the model's logits are "
                              "NaN.")
