@@ -86,10 +86,12 @@ def test_so_do_one_answer_and_an_audit(what, folders, capsys):
 
 
 @pytest.mark.parametrize("command", ["compare", "audit"])
-def test_two_vocabularies_without_a_common_token_have_no_intersection(command, folders, capsys):
+@pytest.mark.parametrize("across", ["vocabulary: tli", "vocabulary: auto, branching: [2,1]",
+                                    "vocabulary: auto, tree_nodes: 4"])
+def test_two_vocabularies_without_a_common_token_have_no_intersection(across, command, folders, capsys):
     assert "the target's and the draft's have none: use vocabulary=slem" in said(
         capsys, command, *models(folders, "one", "other"), "prompts=[ab]",
-        "methods={mine: {kind: speculative, vocabulary: tli}}")
+        f"methods={{mine: {{kind: speculative, {across}}}}}")
 
 
 def test_trees_of_recycled_tokens_in_place_of_a_draft_do_not_fit_block_verification(folders, capsys):

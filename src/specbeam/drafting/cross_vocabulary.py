@@ -38,13 +38,21 @@ _UNDECODED = "".join(map(chr, range(0xDC80, 0xDD00)))
 
 def make(settings: Settings, draft: PreTrainedModel, request: Request, vocabulary: int) -> DraftModel:
     """The drafter that settings.vocabulary names; vocabulary: width of the target's logits."""
-    both, how, shape = pair(settings.tokenizer, settings.draft_tokenizer), settings.vocabulary, Shape.of(settings)
-    if how == "auto":
-        if both.target.tokenizer.get_vocab() == both.draft.tokenizer.get_vocab():
-            return DraftModel(draft, request, shape, vocabulary)
-        how = "tli" if both.share >= _LARGE or settings.branching or settings.tree_nodes else "slem"
+    both, shape = pair(settings.tokenizer, settings.draft_tokenizer), Shape.of(settings)
+    how = chosen(settings, both)
+    if how == "same":
+        return DraftModel(draft, request, shape, vocabulary)
     drafter = Intersection if how == "tli" else ExactMatch
     return drafter(both, draft, request, shape, vocabulary)
+
+
+def chosen(settings: Settings, both: Pair) -> str:
+    """What vocabulary=auto means for this pair; anything else is what it says."""
+    if settings.vocabulary != "auto":
+        return settings.vocabulary
+    if both.target.tokenizer.get_vocab() == both.draft.tokenizer.get_vocab():
+        return "same"
+    return "tli" if both.share >= _LARGE or settings.branching or settings.tree_nodes else "slem"
 
 
 def intersection(both: Pair, draft: PreTrainedModel, vocabulary: int) -> dict[int, int]:
@@ -52,8 +60,9 @@ def intersection(both: Pair, draft: PreTrainedModel, vocabulary: int) -> dict[in
     known = embedding(draft).shape[0]
     shared = {mine: its for mine, its in both.shared.items() if mine < vocabulary and its < known}
     if not shared:
-        raise InputError("vocabulary=tli needs tokens that stand for the same text in both vocabularies, and the "
-                         "target's and the draft's have none: use vocabulary=slem, or another draft.")
+        raise InputError("vocabulary=tli (auto, for a tree) needs tokens that stand for the same text in both "
+                         "vocabularies, and the target's and the draft's have none: use vocabulary=slem with chains, "
+                         "or another draft.")
     return shared
 
 

@@ -59,11 +59,13 @@ class Models:
             place, vocabulary = f"methods.{method.label}: " if method.label else "", embedding(self.target).shape[0]
             try:
                 settings.check(self.draft)
-                if settings.vocabulary == "tli":
-                    from specbeam.drafting.cross_vocabulary import intersection
+                if settings.vocabulary in ("tli", "auto"):
+                    from specbeam.drafting.cross_vocabulary import chosen, intersection
                     from specbeam.spelling import pair
 
-                    intersection(pair(self.tokenizer, self.draft_tokenizer), cast(Any, self.draft), vocabulary)
+                    both = pair(self.tokenizer, self.draft_tokenizer)
+                    if chosen(settings, both) == "tli":
+                        intersection(both, cast(Any, self.draft), vocabulary)
                 if settings.drafter == "early_exit":
                     from specbeam.drafting.early_exit import exit_early
 
