@@ -84,6 +84,15 @@ def test_a_tree_has_the_nodes_that_were_asked_for_and_distinct_siblings(shape, n
             assert len(set(siblings)) == len(siblings)
 
 
+@pytest.mark.parametrize("nodes, width, why", [(10, 4, "node budget"), (3, 1, "length"), (90, 4, "length")])
+def test_a_grown_tree_ends_at_its_budget_only_where_there_was_more_and_the_trace_says_so(nodes, width, why):
+    out = speculative_generate(model("llama"), good_draft("llama"), ROWS, max_new_tokens=24, eos_token_id=None,
+                               draft_length=3, tree_nodes=nodes, tree_width=width)
+    for row in out.trace:
+        assert row.rounds[0].why == why
+        assert {one.why for one in row.rounds[:-1]} <= {why, "node budget", "end of answer"}
+
+
 def test_a_target_that_drafts_for_itself_accepts_the_whole_depth_of_its_tree():
     out = speculative_generate(model("llama"), model("llama"), ROWS, branching=[2, 2, 1, 1], max_new_tokens=21,
                                eos_token_id=None)

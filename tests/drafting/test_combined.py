@@ -61,6 +61,12 @@ def test_a_corpus_is_asked_too(tmp_path):
     assert {r.drafter for r in out.trace[0].rounds[3:]} == {"suffix"}
 
 
+def test_a_row_without_a_match_is_not_said_to_lack_confidence():
+    """With a threshold that no draft falls below, only the matches can."""
+    done = rounds(min_match=1000, confidence_threshold=1e-9)
+    assert {r.why for r in done if r.drafter == "draft_model"} <= {"length", "end of answer"}
+
+
 def test_q_of_a_row_that_was_not_drawn_is_one_at_its_tokens():
     q = torch.rand(2, 2, 5)
     mixed = points(q.clone(), [[], [4, 0, 2]], [True, False])

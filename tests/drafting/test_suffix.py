@@ -119,6 +119,20 @@ def test_what_repeats_for_long_is_continued_for_long():
     assert propose([1, 2, 1, 2, 1, 2, 1, 2], 4).why == ["length"]
 
 
+def test_a_budget_of_nodes_that_cuts_a_tree_or_a_chain_is_why_it_ends():
+    made = automaton([1, 2, 3, 7], [1, 2, 3, 8], [1, 2, 3, 9])
+
+    def why(text: list[int], limit: int, nodes: int) -> tuple[int, str]:
+        length = Length(Settings("suffix", limit, tree_nodes=nodes), object, None, 1)
+        proposal = Suffix(1, 100, made, nodes, made.counts()).propose([text], length.limits([limit]), length)
+        return len(proposal.tokens[0]), length.why[0]
+
+    assert why([4, 1, 2, 3], 1, 2) == (2, "node budget")
+    assert why([4, 1, 2, 3], 1, 3) == (3, "length")
+    assert why([5, 6] * 8, 8, 4) == (4, "node budget")
+    assert why([5, 6] * 8, 8, 8) == (8, "length")
+
+
 def test_a_threshold_of_confidence_asks_for_long_matches():
     assert propose([1, 2, 3, 4, 5, 6, 9, 2, 3], 8, confidence_threshold=0.3).tokens == [[4, 5, 6, 9]]
     assert propose([1, 2, 3, 4, 5, 6, 9, 2, 3], 8, confidence_threshold=0.4).tokens == [[]]

@@ -85,7 +85,7 @@ class DraftModel:
         deepest = min(max(limits), self.shape.depth)
         logits = self._read(self._texts(sequences))
         if self.shape.nodes:
-            return self._grow(sequences, limits, deepest, logits)
+            return self._grow(sequences, limits, deepest, logits, length)
 
         rows = len(sequences)
         tokens: list[Tensor] = []  # per depth [rows, width]
@@ -128,7 +128,8 @@ class DraftModel:
             [ids[:n] for ids, n in zip(flat, counts, strict=True)], [parents[:n] for n in counts],
             torch.cat(q, 1) if self.draws and q else None, [self.name] * rows, list(length.why), sure, forwards)
 
-    def _grow(self, sequences: Sequence[list[int]], limits: Sequence[int], deepest: int, logits: Tensor) -> Proposal:
+    def _grow(self, sequences: Sequence[list[int]], limits: Sequence[int], deepest: int, logits: Tensor,
+              length: Length) -> Proposal:
         """The `nodes` most probable nodes of a tree of which `width` nodes are continued at each depth.
 
         A node's worth is the draft's probability of its whole path: never above its parent's, so that the best nodes
@@ -163,14 +164,16 @@ class DraftModel:
         self.numbers = []
         for row, (ids, above_of, number) in enumerate(zip(tokens.tolist(), parents.tolist(), numbers.tolist(),
                                                           strict=True)):
-            count = min(self.shape.nodes, int(allowed[row].sum()))
+            found = int(allowed[row].sum())
+            count = min(self.shape.nodes, found)
+            if found > count:
+                length.why[row] = "node budget"
             chosen = sorted(order[row, :count].tolist())
             place = {-1: -1} | {node: i for i, node in enumerate(chosen)}
             proposed[0].append([ids[node] for node in chosen])
             proposed[1].append([place[above_of[node]] for node in chosen])
             self.numbers.append([number[node] if number[node] > 0 else sys.maxsize for node in chosen])
-        return Proposal(*proposed, None, [self.name] * rows,
-                        ["node budget" if limit else "end of answer" for limit in limits], forwards=deepest)
+        return Proposal(*proposed, None, [self.name] * rows, list(length.why), forwards=deepest)
 
     def begin(self, sequences: Sequence[list[int]], limits: Sequence[int]) -> list[Tensor] | None:
         """In place of `propose`, where the runner records it: chains of full length [rows, depth] on their way, and

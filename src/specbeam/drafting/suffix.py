@@ -87,13 +87,15 @@ class Suffix:
             match, text, place = row.match()
             limit = min(limit, 2 * match)
             if self.nodes and row.corpus is not None and text is row.corpus.text:
-                found, above = grow(row.corpus, self.counts, row.state, limit, self.nodes, self.vocabulary)
+                found, above = grow(row.corpus, self.counts, row.state, limit, self.nodes + 1, self.vocabulary)
             else:
-                found = carry_on(text, place, min(limit, self.nodes or limit), self.vocabulary)
+                found = carry_on(text, place, limit, self.vocabulary)
                 above = list(range(-1, len(found) - 1))
             if limit < limits[number]:
                 length.why[number] = "match length" if match else "no match"
-            if sure(match) < length.threshold:
+            if self.nodes and len(found) > self.nodes:
+                found, above, length.why[number] = found[: self.nodes], above[: self.nodes], "node budget"
+            if limits[number] and sure(match) < length.threshold:  # of others somebody else drafts (combined.py)
                 found, above, length.why[number] = [], [], "confidence"
             tokens.append(found)
             parents.append(above)
