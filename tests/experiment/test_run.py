@@ -85,6 +85,18 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[[int], N
     return install
 
 
+def test_what_auto_has_learned_is_in_the_run_folder_and_repeats_a_sampled_run(pair: list[str], tmp_path: Path) -> None:
+    settings = "kind: speculative, draft_length: auto, temperature: 1.0, max_new_tokens: 24, min_new_tokens: 24"
+    common = [*pair, "prompts=['A fox.', 'Why is the sky blue?']", "repeats=1"]
+    assert compare(tmp_path / "first", *common, f"methods={{a/b: {{{settings}}}, fixed: {{kind: speculative}}}}") == 0
+    assert [path.name for path in (tmp_path / "first").glob("costs*")] == ["costs-a_b.json"]
+    again = f"methods={{mine: {{{settings}, costs: {tmp_path / 'first' / 'costs-a_b.json'}}}}}"
+    assert compare(tmp_path / "alone", *common, again) == 0
+    assert compare(tmp_path / "both", *common, again, "batch_size=2") == 0
+    assert tokens_of(tmp_path / "alone") == tokens_of(tmp_path / "both")
+    assert not list((tmp_path / "alone").glob("costs*"))
+
+
 def test_a_run_folder_has_every_file_and_one_row_for_each_answer(
     pair: list[str], prompt_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

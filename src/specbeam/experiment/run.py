@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -116,7 +117,9 @@ class Local:
 
     def run(self, folder: Path, cells: list[Cell], rows: list[dict[str, Any]], console: Console
             ) -> list[dict[str, Any]]:  # fmt: skip
-        return run_cells(folder, self.plan, cells, rows, self.models, self.config, console)
+        rows = run_cells(folder, self.plan, cells, rows, self.models, self.config, console)
+        freeze_costs(folder, self.plan, self.models)
+        return rows
 
     def judge(self, rows: list[dict[str, Any]], traces: list[dict[str, Any]], facts: dict[str, Any]) -> Any:
         return judge(self.plan, rows, traces, self.models, self.config, facts)
@@ -256,6 +259,19 @@ def run_cells(
         finally:
             gc.unfreeze()
     return rows
+
+
+def freeze_costs(folder: Path, plan: Plan, models: Models) -> None:
+    """What `draft_length: auto` has learned, in costs-<label>.json: with it (`costs`) a sampled run can be repeated."""
+    from specbeam.drafting import Settings
+    from specbeam.drafting.length import write_costs
+
+    for method in plan.methods:
+        known = {name: value for name, value in method.options.items() if name in Settings.__dataclass_fields__}
+        if method.kind == "speculative" and known.pop("draft_length", None) == "auto" and "costs" not in known:
+            label, rows = re.sub(r"[^\w.-]", "_", method.label), min(plan.batch_size, len(plan.prompts))
+            with suppress(Exception):  # nothing was learned, and the run is no worse for it
+                write_costs(str(folder / f"costs-{label}.json"), models.target, models.draft, rows, **known)
 
 
 def warm_up(plan: Plan, cells: list[Cell], models: Models, config: dict[str, Any]) -> None:
