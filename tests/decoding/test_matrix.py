@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import Any
 
 import pytest
@@ -25,7 +25,7 @@ from vocabularies import characters, llama
 
 from specbeam import acceptance, greedy_generate, speculative_generate
 from specbeam.decoding import speculative
-from specbeam.drafting import draft_model, token_recycling
+from specbeam.drafting import draft_model, length, token_recycling
 from specbeam.drafting.draft_model import DraftModel
 from specbeam.sampling import draw, process
 
@@ -138,13 +138,12 @@ def exact(prompt: int, kind: str) -> dict[tuple[int, ...], float]:
     return part(law(target(), torch.tensor(PROMPTS[prompt]), 4, processed), 1)
 
 
-def drawn(run: Any, name: str, kind: str, count: int, **options: Any) -> list[Counter]:
-    """What follows the first token, of each prompt's `count` answers."""
+def drawn(run: Any, name: str, kind: str, count: int, together: int = 125, **options: Any) -> list[Counter]:
+    """What follows the first token, of each prompt's `count` answers, so many of them in one batch."""
     seen: list[Counter] = [Counter() for _ in PROMPTS]
-    for start in range(0, count, 125):
-        rows = [torch.tensor(prompt) for prompt in PROMPTS] * 125
-        out = run(name, rows, max_new_tokens=4, seed=list(range(250 * start, 250 * start + 250)), **KINDS[kind][0],
-                  **options)
+    for start in range(0, count, together):
+        rows, first = [torch.tensor(prompt) for prompt in PROMPTS] * together, 2 * together * start
+        out = run(name, rows, max_new_tokens=4, seed=list(range(first, first + len(rows))), **KINDS[kind][0], **options)
         for number, tokens in enumerate(out.tokens):
             seen[number % 2][tuple(tokens[1:4])] += 1
     return seen
@@ -159,6 +158,51 @@ def as_the_target(run: Any, name: str, kind: str, count: int, **options: Any) ->
 def test_sampled_answers_are_distributed_like_the_targets(name, rule, kind, speculate):
     """False alarms: 2e-4 a cell for each of the two checks."""
     assert as_the_target(speculate, name, kind, 750, acceptance=rule)
+
+
+class Priced(dict):
+    """Costs of auto that are known, whatever the number of rows."""
+
+    def __contains__(self, key: object) -> bool:
+        return True
+
+    def __missing__(self, key: tuple[int, int]) -> length.Costs:
+        self[key] = known = length.Costs()
+        known.plain.extend([1.0] * 3)
+        for new in (1, 2):
+            known.verify[new].extend([1.0] * 3)
+        return known
+
+
+@pytest.fixture
+def unfrozen(monkeypatch: pytest.MonkeyPatch):
+    """Auto without `costs`: it decides for the batch as a whole, and by what earlier calls have taught it. Prices are
+    given, that a run can be repeated. `drafted`: how often it proposed how much."""
+    pair, draft = (defaultdict(length.Learned), Priced()), tiny_draft(target(), 0.2)
+    monkeypatch.setattr(length, "_of_pair", lambda *_: pair)
+    monkeypatch.setattr(length.Costs, "prices", lambda _: length.Prices(0.12, 0.12, 1.0))
+    monkeypatch.setattr(length.Costs, "usual", lambda *_: 0.5)  # a round with proposals pays
+
+    def run(name: str, rows: list[torch.Tensor], **options: Any) -> Any:
+        out = speculative_generate(target(), draft, rows, **DRAFTERS[name], **options)
+        run.drafted.update(one.drafted for row in out.trace for one in row.rounds)  # type: ignore[attr-defined]
+        return out
+
+    run.drafted = Counter()  # type: ignore[attr-defined]
+    return run
+
+
+@pytest.mark.parametrize("kind", ["temperature", "top-k"])
+@pytest.mark.parametrize("name", ["auto", "auto, combined"])
+def test_auto_that_goes_on_learning_samples_from_the_target(name, kind, unfrozen):
+    assert as_the_target(unfrozen, name, kind, 750, together=5)
+    assert all(unfrozen.drafted[n] > 50 for n in range(3)), unfrozen.drafted
+
+
+@pytest.mark.parametrize("name", ["auto", "auto, combined"])
+def test_control_a_token_that_auto_drops_for_what_it_is_is_caught(name, unfrozen, monkeypatch):
+    dropped(monkeypatch)
+    assert not as_the_target(unfrozen, name, "temperature", 1500, together=5)
 
 
 @pytest.mark.parametrize("name, rule, kind", fast(SAMPLED, 5))
