@@ -59,9 +59,10 @@ def speculative_generate(target: PreTrainedModel, draft: PreTrainedModel | None,
     vocabulary: "same", or with `tokenizer` (the target's) and `draft_tokenizer`, which may then differ, "tli", "slem"
     or "auto" (drafting/cross_vocabulary.py).
     """
-    settings = Settings(drafter, draft_length, tuple(branching or ()), tree_nodes or 0, tree_width,
-                        confidence_threshold, costs, ngram, branches, corpus, exit_layer, min_match,
-                        options.get("tokenizer"), vocabulary, draft_tokenizer, acceptance, temperature)
+    shape: Any = branching if isinstance(branching, int) else tuple(branching or ())
+    settings = Settings(drafter, draft_length, shape, tree_nodes or 0, tree_width, confidence_threshold, costs, ngram,
+                        branches, corpus, exit_layer, min_match, options.get("tokenizer"), vocabulary, draft_tokenizer,
+                        acceptance, temperature)
     settings.check(draft)
     if temperature > 0:
         options["temperature"] = temperature
