@@ -12,6 +12,7 @@ from options import HONOURED, ROWS
 from planted import mutated
 from reference import changed, letters, model
 from tiny import EOS, NAMES, VOCABULARY, left_padded, prompts
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from specbeam import InputError, beam_generate, greedy_generate
 from specbeam.decoding import beam as beam_module
@@ -85,6 +86,20 @@ def test_a_stop_string_ends_a_hypothesis():
     out = compare(model("llama"), ROWS[:2], 4, 4, max_new_tokens=12, eos_token_id=None, stop_strings=[stop, "A"],
                   tokenizer=tokenizer)
     assert "stop" in {one.finish_reason for one in out.hypotheses[0]}
+
+
+class Rounded(LogitsProcessor):
+    """Log-probabilities in quarters: scores tie at every step, exactly."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return (scores * 4).round() / 4
+
+
+@pytest.mark.parametrize("length_penalty", [1.0, 0.0])
+def test_ties_among_the_running_and_the_finished_end_as_in_generate(length_penalty):
+    for seed in range(40):
+        compare(model("llama"), prompts((5, 9), seed), 4, 4, max_new_tokens=20, eos_token_id=[EOS, 40, 50],
+                length_penalty=length_penalty, logits_processor=LogitsProcessorList([Rounded()]))
 
 
 @settings(derandomize=True, max_examples=20, deadline=None)
@@ -188,14 +203,28 @@ def test_many_more_beams_than_the_first_step_can_fill():
     ({"num_beams": 0}, "num_beams is 0"), ({"num_beams": 2.0}, "num_beams is 2.0"), ({"num_beams": True}, "num_beams"),
     ({"num_beams": 2, "num_return_sequences": 3}, "num_return_sequences is 3 and num_beams 2"),
     ({"num_beams": 2, "num_return_sequences": 0}, "num_return_sequences is 0"),
+    ({"num_return_sequences": "2"}, "num_return_sequences is '2' .* give a whole number"),
+    ({"num_return_sequences": None}, "num_return_sequences is None"),
+    ({"num_return_sequences": 2.5}, "num_return_sequences is 2.5"),
+    ({"num_return_sequences": True}, "num_return_sequences is True"),
+    ({"length_penalty": "x"}, "length_penalty is 'x': give a number from -100 to 100"),
+    ({"length_penalty": 2000}, "length_penalty is 2000"), ({"length_penalty": -1000.0}, "length_penalty is -1000.0"),
+    ({"length_penalty": float("nan")}, "length_penalty is nan"), ({"length_penalty": True}, "length_penalty is True"),
+    ({"length_penalty": 95.0, "max_new_tokens": 2000}, "length_penalty is 95.0: give a number from -92 to 92"),
     ({"early_stopping": "sometimes"}, "early_stopping"), ({"streamer": "any"}, "streamer was given to beam search"),
     ({"do_sample": True}, "do_sample is not an option"), ({"num_beam_groups": 2}, "num_beam_groups"),
     ({"force_words_ids": [[5]]}, "force_words_ids"), ({"lenght_penalty": 1.0}, "did you mean 'length_penalty'"),
 ], ids=str)
 def test_what_makes_no_sense_is_refused_in_one_sentence(options, sentence):
     with pytest.raises(InputError, match=sentence) as error:
-        beam_generate(model("llama"), ROWS, max_new_tokens=4, **options)
+        beam_generate(model("llama"), ROWS, **{"max_new_tokens": 4} | options)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("length_penalty", [-100, 100, 2])
+def test_the_largest_length_penalties_run(length_penalty):
+    out = beam_generate(model("llama"), ROWS, num_beams=3, max_new_tokens=12, length_penalty=length_penalty)
+    assert len(out.tokens) == len(ROWS)
 
 
 # Negative controls: the comparison sees a search that is nearly right.

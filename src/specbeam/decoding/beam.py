@@ -10,6 +10,7 @@ Exact: the hypotheses of `transformers.generate(num_beams=…)`, in order, with 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -27,6 +28,7 @@ from specbeam.errors import InputError
 from specbeam.sampling import process
 from specbeam.trace import GenerationOutput, Hypothesis
 
+MOST_PENALTY = 100  # length_penalty, either way
 _NEVER = -1.0e9  # transformers' "no hypothesis here"; finite, so that it can be added and ranked
 
 
@@ -127,9 +129,10 @@ def check_beams(num_beams: int, num_return_sequences: int, options: dict[str, An
     """Raises InputError for what no beam search can do."""
     if isinstance(num_beams, bool) or not isinstance(num_beams, int) or num_beams < 1:
         raise InputError(f"num_beams is {num_beams!r}: it must be a whole number of at least 1.")
-    if not 1 <= num_return_sequences <= num_beams:
-        raise InputError(f"num_return_sequences is {num_return_sequences} and num_beams {num_beams}: at least one and "
-                         "at most num_beams hypotheses can be returned.")
+    whole = isinstance(num_return_sequences, int) and not isinstance(num_return_sequences, bool)
+    if not whole or not 1 <= num_return_sequences <= num_beams:
+        raise InputError(f"num_return_sequences is {num_return_sequences!r} and num_beams {num_beams}: give a whole "
+                         "number; at least one and at most num_beams hypotheses can be returned.")
     if options.get("streamer") is not None:
         raise InputError("streamer was given to beam search, whose answer is only known at its end: leave it out, or "
                          "stream greedy_generate.")
@@ -141,8 +144,12 @@ def ranking(request: Request) -> Ranking:
     early = config.early_stopping if config.early_stopping is not None else False
     if early not in (True, False, "never"):
         raise InputError(f"early_stopping is {early!r}: give true, false or \"never\".")
-    penalty = 1.0 if config.length_penalty is None else float(config.length_penalty)
-    return Ranking(config.num_beams, max(2, 1 + len(request.eos)) * config.num_beams, penalty, early)
+    penalty = 1.0 if config.length_penalty is None else config.length_penalty
+    # Beyond this the longest answer's length to that power is no number.
+    most = min(MOST_PENALTY, int(700 / math.log(max(2, *(row.max_new_tokens for row in request.rows)))))
+    if isinstance(penalty, bool) or not isinstance(penalty, int | float) or not -most <= penalty <= most:
+        raise InputError(f"length_penalty is {penalty!r}: give a number from -{most} to {most}.")
+    return Ranking(config.num_beams, max(2, 1 + len(request.eos)) * config.num_beams, float(penalty), early)
 
 
 def start_beams(num_beams: int) -> Beams:
@@ -210,7 +217,10 @@ def _pool(row: Beams, best: Tensor, reasons: Sequence[str | None], rule: Ranking
     these scores ended for these reasons. None: it stays as it is."""
     ends = [reason is not None for reason in reasons[: rule.num_beams]]  # the candidates behind are only spare
     if not any(ends):
-        return None
+        # transformers ranks the pool in every step, and topk does not leave equal scores in their order.
+        pooled = [one.score for one in row.finished if one.reason]
+        if len(set(pooled)) == len(pooled):
+            return None
     enters = torch.tensor(ends + [False] * (len(reasons) - len(ends)))
     score = best / (len(row.tokens[0]) + 1) ** rule.length_penalty + ~enters * _NEVER
     values, places = torch.cat([torch.tensor([one.score for one in row.finished]), score]).topk(rule.num_beams)
@@ -236,7 +246,8 @@ def _hopeful(row: Beams, rule: Ranking, limit: int) -> bool:
     if full and rule.early_stopping is True:
         return False
     reach = limit if rule.early_stopping == "never" and rule.length_penalty > 0 else len(row.tokens[0])
-    return row.scores[0] / reach ** rule.length_penalty > min(one.score for one in row.finished)
+    worst = min(one.score for one in row.finished)
+    return float(torch.tensor(row.scores[0]) / reach ** rule.length_penalty) > worst  # in fp32, as the pool's scores
 
 
 def log_probabilities(logits: Tensor, beams: Sequence[Beams], request: Request, live: Sequence[int]) -> Tensor:
