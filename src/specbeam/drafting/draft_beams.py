@@ -10,6 +10,7 @@ draft's. A candidate that cannot survive by them, or is far behind the last beam
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -84,7 +85,7 @@ class DraftBeams:
                 for (above, one), score in zip(found, values, strict=True):
                     sure = at[row][above] >= 0  # scored by the target: behind num_beams of these nothing survives
                     node = place[row][above]
-                    if (node is not None and level < limits[row] and exact < self.num_beams
+                    if (node is not None and level < limits[row] and exact < self.num_beams and score > -torch.inf
                             and score >= values[self.num_beams - 1] - UNLIKELY):
                         places.append(len(tokens[row]))
                         tokens[row].append(one)
@@ -95,11 +96,21 @@ class DraftBeams:
                 place[row] = places
                 at[row] = [known[row].children.get((at[row][above], one), -1) for above, one in found]
                 if paths[row]:
-                    paths[row] = [[*paths[row][above], one] for above, one in found]
+                    grow = level + 1 < limits[row]
+                    texts = [[*paths[row][above], one] if grow and score > -torch.inf else paths[row][above]
+                             for (above, one), score in zip(found, values, strict=True)]
+                    longest = max(texts, key=len)
+                    # The caller's code is not asked about impossible texts: another of that length stands for them.
+                    paths[row] = [text if len(text) == len(longest) else longest for text in texts]
             if level + 1 < deepest:
-                logits, more = self.tree.extend(self.nodes, leaves(token.clamp(max=self.known), parent + first))
+                # A row near its end goes no deeper: there are no positions for it.
+                goes = [level + 1 < limit for limit in limits]
+                lengths = torch.tensor([self.width * deep for deep in goes], device=self.tree.device)
+                block = leaves(token.clamp(max=self.known), parent + first)
+                logits, more = self.tree.extend(self.nodes, replace(block, lengths=lengths, even=all(goes)))
                 have = self.nodes.depth.shape[1]
-                for row, found in enumerate(made):
+                for row in [row for row, deep in enumerate(goes) if deep]:
+                    found = made[row]
                     self.children[row] |= {(above + first, one): have + n for n, (above, one) in enumerate(found)}
                 first, self.nodes = have, self.nodes.join(more)
         return Proposal(tokens, parents, None, [self.name] * rows, [""] * rows)
