@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from options import HONOURED, ROWS, every_third
 from planted import mutated
 from reference import changed, good_draft, letters, model
-from test_beam import MANY_ENDS, assert_same, transformers_beams
-from tiny import _BASE, EOS, VOCABULARY, build, left_padded, prompts
-from transformers import LogitsProcessor, LogitsProcessorList
+from test_beam import MANY_ENDS, Rounded, assert_same, transformers_beams
+from tiny import _BASE, EOS, VOCABULARY, build, left_padded, prompts, tiny_draft
+from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from specbeam import InputError, beam_generate, greedy_generate
 from specbeam.decoding import speculative_beam as spec
@@ -207,19 +207,19 @@ def test_a_prompt_is_stored_once_for_all_its_beams(monkeypatch):
         assert tree.cache.capacity <= 1.5 * (150 + 8 * 40 + 2 * wave)
 
 
-class Rounded(LogitsProcessor):
-    """Log-probabilities in quarters: scores tie at every step, exactly."""
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        return (scores * 4).round() / 4
-
-
 @pytest.mark.parametrize("kind", ["good", "itself"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_ties_end_as_in_generate(name, kind):
     for num_beams, ends in ((4, MANY_ENDS), (3, None), (5, [EOS, 44])):
         compare(model(name), draft_of(kind, name), ROWS, num_beams, max_new_tokens=8, eos_token_id=ends,
                 logits_processor=LogitsProcessorList([Rounded()]))
+
+
+@pytest.mark.parametrize("kind", ["good", "random"])
+def test_ties_in_the_pool_end_as_in_generate(kind):
+    for seed in range(12):
+        compare(model("llama"), draft_of(kind, "llama"), prompts((5, 9), seed), 4, max_new_tokens=20,
+                eos_token_id=[EOS, 40, 50], logits_processor=LogitsProcessorList([Rounded()]))
 
 
 @pytest.mark.parametrize("ahead", [1, 2, 5])
@@ -248,12 +248,86 @@ def test_a_beam_that_nobody_will_go_on_from_needs_no_logits():
     rule = Ranking(2, 4, 1.0, False)
     ranked = Ranked([[7, 8, 9, 6]], [[0, 0, 0, 0]], [[-1.0, -2.0, -3.0, -4.0]], [[None] * 4], [[0, 1]], [], [])
     assert spec._certain(ranked, 0, -2.5, rule, False) and not spec._certain(ranked, 0, -2.0, rule, False)
-    assert spec._certain(ranked, 0, -torch.inf, rule, True)  # nothing is missing
+    assert spec._certain(ranked, 0, None, rule, True)  # nothing is missing
     assert not spec._certain(ranked, 0, -2.5, rule, True)  # the search tree wants the spare candidates too
     ended = ranked._replace(chosen=[[1, 2]])
     assert spec._certain(ended, 0, -3.5, rule, False) and not spec._certain(ended, 0, -2.5, rule, False)
     for scores in ([-1.0, -1.0, -3.0, -4.0], [-1.0, -2.0, -2.0, -4.0]):
         assert not spec._certain(ranked._replace(scores=[scores]), 0, -2.5, rule, False)
+
+
+def test_where_stops_leave_too_few_that_run_on_an_unknown_candidate_may_be_one_of_them():
+    rule = Ranking(2, 4, 1.0, False)
+    ranked = Ranked([[7, 8, 9, 6]], [[0, 0, 0, 0]], [[-1.5, -2.0, -2.5, -5.2]], [[None, "stop", "stop", "stop"]],
+                    [[0, 2]], [], [])
+    assert not spec._certain(ranked, 0, -5.0, rule, False) and spec._certain(ranked, 0, None, rule, False)
+    assert spec._certain(ranked._replace(reasons=[[None, "stop", None, "stop"]]), 0, -5.0, rule, False)
+
+
+class EndsMost(StoppingCriteria):
+    """Three of four tokens end a hypothesis: often fewer than num_beams run on, and the others are ended ones."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
+        return input_ids[:, -1] % 4 != 0
+
+
+@pytest.mark.parametrize("num_beams", [2, 3, 4, 6])
+@pytest.mark.parametrize("kind", ["good", "random"])
+def test_a_criterion_that_ends_most_tokens_leaves_the_hypotheses_of_generate(kind, num_beams):
+    for seed in range(8):
+        for ahead in (1, 4):
+            compare(model("llama"), draft_of(kind, "llama"), prompts((5, 9, 3), seed), num_beams, draft_length=ahead,
+                    max_new_tokens=10, eos_token_id=[EOS] if seed % 2 else None,
+                    stopping_criteria=StoppingCriteriaList([EndsMost()]))
+
+
+def test_a_row_near_the_last_position_is_drafted_no_further():
+    """gpt2 has a table of positions: reading one behind its end would crash."""
+    sizes = {"vocab_size": VOCABULARY, "n_positions": 32, "n_embd": 64, "n_layer": 3, "n_head": 4}
+    target = build(hf.GPT2Config(**sizes, initializer_range=0.25, bos_token_id=1, eos_token_id=EOS, pad_token_id=0))
+    for lengths in ((29, 12, 24), (31, 8), (26, 27, 28, 29)):
+        for draft in (target, tiny_draft(target)):
+            compare(target, draft, prompts(lengths), 3, draft_length=6, max_length=32, eos_token_id=None)
+
+
+def trie(rows, first: int, last: int | None = None, otherwise: list[int] | None = None):
+    """Allows `first` tokens at the beginning, then one or two each, and after `last` tokens only EOS; a text that it
+    does not allow is an error, as in tries of entities or SQL, unless there is something to go on with `otherwise`."""
+    def children(prefix: list[int]) -> list[int]:
+        if len(prefix) == last:
+            return [EOS]
+        wide = first if not prefix else 1 + sum(prefix) % 2
+        return [3 + (sum(prefix) * 7 + 11 * n) % 90 for n in range(wide)]
+
+    def allowed(_: int, ids: torch.Tensor) -> list[int]:
+        text = ids.tolist()
+        prompt = max((row.tolist() for row in rows if text[: len(row)] == row.tolist()), key=len)
+        prefix: list[int] = []
+        for token in text[len(prompt):]:
+            if token not in children(prefix):
+                if otherwise:
+                    return otherwise
+                raise KeyError(f"{token} after {prefix}")
+            prefix.append(token)
+        return children(prefix)
+
+    return allowed
+
+
+@pytest.mark.parametrize("kind", ["good", "random", "itself"])
+@pytest.mark.parametrize("num_beams", [2, 3, 4])
+def test_a_constraint_is_not_asked_about_texts_that_it_excludes(num_beams, kind):
+    for first in {1, 2, num_beams}:
+        compare(model("llama"), draft_of(kind, "llama"), ROWS, num_beams, max_new_tokens=9, eos_token_id=None,
+                prefix_allowed_tokens_fn=trie(ROWS, first))
+
+
+@pytest.mark.parametrize("kind", ["good", "random"])
+@pytest.mark.parametrize("last", [2, 4])
+def test_fewer_possible_continuations_than_beams(last, kind):
+    for num_beams in (2, 3, 4):
+        compare(model("llama"), draft_of(kind, "llama"), ROWS, num_beams, max_new_tokens=7,
+                prefix_allowed_tokens_fn=trie(ROWS, num_beams - 1, last, [50]))
 
 
 # Any search.

@@ -184,7 +184,7 @@ def _replay(beams: Sequence[Beams], known: Sequence[Answered], rule: Ranking, ba
         live, states = [batch.live[i] for i in active], [now[i] for i in active]
         log_probs = log_probabilities(torch.stack([known[i].behind() for i in active]), states, batch.request, live)
         bounds = [max((score for score, node in zip(now[i].scores, known[i].at, strict=True) if node < 0),
-                      default=-torch.inf) for i in active]
+                      default=None) for i in active]
         after, ended, ranked = step(states, log_probs, rule, batch.request, live)
         taken = [n for n, bound in enumerate(bounds) if _certain(ranked, n, bound, rule, batch.request.trace)]
         batch.watch(Ranked._make([column[n] for n in taken] for column in ranked), [live[n] for n in taken])
@@ -200,12 +200,16 @@ def _replay(beams: Sequence[Beams], known: Sequence[Answered], rule: Ranking, ba
     return now, steps, over
 
 
-def _certain(ranked: Ranked, row: int, bound: float, rule: Ranking, everything: bool) -> bool:
+def _certain(ranked: Ranked, row: int, bound: float | None, rule: Ranking, everything: bool) -> bool:
     """Whether beams whose logits are missing change nothing. A continuation scores at most what its beam does (bound:
-    the best of theirs), so all that matters must score more; and it must not tie, since ties end by what else was
-    ranked. everything: for a search tree the spare candidates matter too."""
-    if bound == -torch.inf:
+    the best of theirs; None: nothing is missing), so all that matters must score more; and it must not tie, since ties
+    end by what else was ranked. everything: for a search tree the spare candidates matter too."""
+    if bound is None:
         return True
-    last = max(ranked.chosen[row])
+    reasons, chosen = ranked.reasons[row], ranked.chosen[row]
+    # EOS leaves enough that run on, stops may not: then ended ones fill up, in whose place unknown ones may run on.
+    if "stop" in reasons and any(reasons[place] for place in chosen):
+        return False
+    last = max(chosen)
     scores = ranked.scores[row][: last + 2]  # with the first that does not matter
     return not everything and last < rule.keep - 1 and scores[last] > bound and len(set(scores)) == len(scores)
