@@ -105,4 +105,5 @@ def test_arguments_that_make_no_sense_are_refused():
 
     assert "method is 'magic'" in refusal(SpecbeamLM, method="magic")
     assert "draft_lenght is no model argument" in refusal(SpecbeamLM, draft_lenght=3)
+    assert "trace is no model argument of method beam" in refusal(SpecbeamLM, method="beam", trace=True)
     assert "needs a draft" in refusal(SpecbeamLM, target="some/folder")

@@ -98,6 +98,25 @@ def test_options_of_beams_too(settings):
         assert torch.equal(theirs, mine)
 
 
+@pytest.mark.parametrize("drafter", ["prompt_lookup", "suffix", "token_recycling"])
+def test_beams_with_a_drafter_that_needs_no_model(drafter):
+    method = ours.speculative_beam(drafter=drafter, draft_length=3)
+    theirs, mine = both(model("llama"), method, IDS, attention_mask=MASK, **BEAMS)
+    assert torch.equal(theirs, mine)
+    again = ours.generate(model("llama"), method="speculative_beam", drafter=drafter, draft_length="auto",
+                          input_ids=IDS, attention_mask=MASK, **BEAMS)
+    assert torch.equal(theirs, again)
+
+
+def test_settings_that_speculative_beams_do_not_have_are_refused_and_so_is_a_search_tree():
+    assert "trace is no setting of speculative_beam" in refusal(ours.speculative_beam, good_draft("llama"), trace=True)
+    assert "branching is no setting of speculative_beam" in refusal(ours.speculative_beam, branching=[2])
+    for method in ("beam", "speculative_beam", "greedy"):
+        assert "trace was given" in refusal(ours.generate, model("llama"), method=method, input_ids=ALONE, trace=True)
+    assert "needs a draft model" in refusal(model("llama").generate, ALONE, custom_generate=ours.speculative_beam(),
+                                            **BEAMS)
+
+
 def test_planted_processors_that_do_not_see_the_padding_are_found_out(monkeypatch):
     monkeypatch.setattr(ours._Padded, "__call__", lambda self, ids, scores: self.inner(ids, scores))
     theirs, mine = both(model("llama"), ours.greedy(), IDS, attention_mask=MASK,

@@ -36,9 +36,10 @@ class SpecbeamLM(HFLM):
         if method not in kinds:
             raise InputError(f"method is {method!r}: it is one of {', '.join(kinds)}.")
         known = {name: arguments.pop(name) for name in _OF_HFLM if name in arguments}
-        if wrong := sorted(set(arguments) - set(METHODS[method].options)):
+        own = ours.settings_of(method)
+        if wrong := sorted(set(arguments) - set(own)):
             raise InputError(f"{wrong[0]} is no model argument of method {method}: it takes target, draft, method, "
-                             f"device, dtype, runner, seed, {', '.join((*METHODS[method].options, *_OF_HFLM))}.")
+                             f"device, dtype, runner, seed, {', '.join((*own, *_OF_HFLM))}.")
         draft_model: Any
         where: dict[str, Any] = {"device": device or "auto", "dtype": dtype, "runner": runner}
         if METHODS[method].speculates and arguments.get("drafter", "draft_model") in ("draft_model", "combined"):

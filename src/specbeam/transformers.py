@@ -99,14 +99,27 @@ def beam(*, stop_strings: str | list[str] | None = None, tokenizer: Any = None) 
     return _decode("beam", run, samples=False, stop=(stop_strings, tokenizer), beams=True)
 
 
-def speculative_beam(draft: PreTrainedModel, *, draft_length: int | str = 4, draft_beams: int | None = None,
-                     stop_strings: str | list[str] | None = None, tokenizer: Any = None) -> Decode:
-    """Speculative beam search: `beam`'s hypotheses, order and scores, with the draft looking ahead."""
+def speculative_beam(draft: PreTrainedModel | None = None, *, stop_strings: str | list[str] | None = None,
+                     tokenizer: Any = None, **settings: Any) -> Decode:
+    """Speculative beam search: `beam`'s hypotheses, order and scores, with the draft looking ahead.
+
+    settings: `draft_length`, `draft_beams`, `drafter`, … of `specbeam.speculative_beam_generate`; draft is None for
+    drafters without a model.
+    """
+    own = settings_of("speculative_beam")
+    if wrong := sorted(set(settings) - set(own)):
+        raise InputError(f"{wrong[0]} is no setting of speculative_beam: it takes {', '.join(own)}.")
+
     def run(target: PreTrainedModel, request: Request) -> GenerationOutput:
-        return speculative_beam_generate(target, draft, cast(Any, request), draft_length=draft_length,
-                                         draft_beams=draft_beams, **_widths(request))
+        return speculative_beam_generate(target, draft, cast(Any, request), tokenizer=tokenizer, **settings,
+                                         **_widths(request))
 
     return _decode("speculative_beam", run, samples=False, stop=(stop_strings, tokenizer), beams=True)
+
+
+def settings_of(method: str) -> tuple[str, ...]:
+    """A method's own options that mean something here; what `generate` returns has no place for a search tree."""
+    return tuple(name for name in METHODS[method].options if name != "trace")
 
 
 def generate(model: PreTrainedModel, *, method: str = "speculative", draft: PreTrainedModel | None = None,
@@ -124,7 +137,10 @@ def generate(model: PreTrainedModel, *, method: str = "speculative", draft: PreT
         raise InputError(f"method is {method!r}: it is one of {', '.join(methods)}.")
     if draft is not None and assistant_model is not None:
         raise InputError("draft and assistant_model were both given: they are two names of one model.")
-    own = METHODS[method].options + (("seed",) if method in ("sample", "speculative") else ())
+    if "trace" in arguments:
+        raise InputError("trace was given, but what generate returns has no place for a search tree: leave it out, or "
+                         "call specbeam.beam_generate(…, trace=True).")
+    own = settings_of(method) + (("seed",) if method in ("sample", "speculative") else ())
     settings = {name: arguments.pop(name) for name in own if name in arguments}
     draft = draft if draft is not None else assistant_model
     if method.startswith("speculative"):
