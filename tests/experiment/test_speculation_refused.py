@@ -85,6 +85,15 @@ def test_so_do_one_answer_and_an_audit(what, folders, capsys):
                             f"methods={{mine: {{kind: speculative, {settings}}}}}")
 
 
+@pytest.mark.parametrize("what", [what for what in WRONG if "corpus" in what])
+def test_a_corpus_for_beams_is_read_as_early(what, folders, capsys):
+    settings, sentence = WRONG[what]
+    options = [one.replace(": ", "=") for one in settings.split(", ")]
+    assert sentence in said(capsys, "compare", *models(folders), "prompts=[Hi]",
+                            f"methods={{mine: {{kind: speculative_beam, {settings}}}}}")
+    assert sentence in said(capsys, "generate", "Hi", *models(folders), "method=speculative_beam", *options)
+
+
 @pytest.mark.parametrize("command", ["compare", "audit"])
 @pytest.mark.parametrize("across", ["vocabulary: tli", "vocabulary: auto, branching: [2,1]",
                                     "vocabulary: auto, tree_nodes: 4"])

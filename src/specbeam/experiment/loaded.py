@@ -51,13 +51,19 @@ class Models:
         from specbeam.experiment.plan import speculation_settings
 
         for method in methods:
-            if method.kind != "speculative":
+            if method.kind not in ("speculative", "speculative_beam"):
                 continue
-            settings = speculation_settings(
-                method.options, tokenizer=self.tokenizer, draft_tokenizer=self.draft_tokenizer
-            )
             place, vocabulary = f"methods.{method.label}: " if method.label else "", embedding(self.target).shape[0]
             try:
+                if (corpus := method.options.get("corpus")) is not None:
+                    from specbeam.corpus import read_corpus
+
+                    read_corpus(corpus, self.tokenizer, vocabulary)
+                if method.kind == "speculative_beam":
+                    continue
+                settings = speculation_settings(
+                    method.options, tokenizer=self.tokenizer, draft_tokenizer=self.draft_tokenizer
+                )
                 settings.check(self.draft)
                 if settings.vocabulary in ("tli", "auto"):
                     from specbeam.drafting.cross_vocabulary import chosen, intersection
@@ -70,10 +76,6 @@ class Models:
                     from specbeam.drafting.early_exit import exit_early
 
                     exit_early(self.target, settings.exit_layer)
-                if settings.corpus is not None:
-                    from specbeam.corpus import read_corpus
-
-                    read_corpus(settings.corpus, self.tokenizer, vocabulary)
                 context = adapt(self.target).context
             except InputError as error:
                 raise InputError(f"{place}{error}") from None

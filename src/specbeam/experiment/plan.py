@@ -13,7 +13,7 @@ from specbeam.decoding import BEAM_FAMILIES, METHODS, SAMPLED_FAMILIES, Method, 
 from specbeam.drafting import DRAFTERS, NEEDS_DRAFT, Settings
 from specbeam.errors import InputError
 from specbeam.experiment.compose import nearest
-from specbeam.experiment.plan_beams import BEAM_OPTIONS, DEFAULT_BEAMS, check_beam_options
+from specbeam.experiment.plan_beams import BEAM_OPTIONS, DEFAULT_BEAMS, check_beam_options, check_corpus
 from specbeam.experiment.prompts import Prompt, prompts_from_config
 from specbeam.models import check_path
 from specbeam.placement import check_placement
@@ -89,7 +89,7 @@ RANGES: dict[str, tuple[type, float, bool, float]] = {
     "top_k": (int, 0, True, float("inf")),
     "temperature": (float, 0, True, float("inf")),
     "repetition_penalty": (float, 0, False, float("inf")),
-    "length_penalty": (float, float("-inf"), False, float("inf")),
+    "length_penalty": (float, -100, True, 100),
     "top_p": (float, 0, False, 1),
     "typical_p": (float, 0, False, 1),
     "min_p": (float, 0, True, 1),
@@ -376,17 +376,6 @@ def check_option_name(place: str, kind: str, method: Method, name: str) -> None:
             f"{', '.join(method.options) + ' and ' if method.options else ''}"
             "the names of transformers' GenerationConfig."
         )
-
-
-def check_corpus(path: str) -> None:
-    """Raises InputError for a corpus that cannot be read; ids and spelling are checked when the target is there."""
-    from specbeam.corpus import read_corpus
-
-    class AnyTokenizer:
-        def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-            return [0] if text else []
-
-    read_corpus(path, AnyTokenizer(), 1 << 31)
 
 
 def check_option_value(place: str, kind: str, name: str, value: Any) -> None:

@@ -36,8 +36,21 @@ def check_beam_options(place: str, kind: str, method: Method, options: dict[str,
         names = [name for name in BeamSettings.__dataclass_fields__ if options.get(name) is not None]
         try:
             BeamSettings(**{name: options[name] for name in names}, tokenizer=place).check(place)
+            if options.get("corpus") is not None:
+                check_corpus(options["corpus"])
         except InputError as error:
             raise InputError(f"{place}{error}") from None
+
+
+def check_corpus(path: str) -> None:
+    """Raises InputError for a corpus that cannot be read; ids and spelling are checked when the target is there."""
+    from specbeam.corpus import read_corpus
+
+    class AnyTokenizer:
+        def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+            return [0] if text else []
+
+    read_corpus(path, AnyTokenizer(), 1 << 31)
 
 
 def check_text(name: str, value: Any) -> None:
