@@ -225,6 +225,23 @@ def test_beams_do_not_stream_and_it_says_so(pair: list[str], capsys: pytest.Capt
     assert "beams do not stream" in capsys.readouterr().out
 
 
+def test_the_tree_of_a_beam_search_names_its_winner(pair: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", "Why?", *pair, "method=beam", "num_beams=3", "trace=true"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("■" in line and "#1  score" in line and "◀ winner" in line for line in lines) == 1
+    assert " ahead of the second" in lines[-1]
+
+
+@pytest.mark.parametrize("kind", ["speculative_beam", "speculative"])
+def test_a_drafter_without_a_model_answers_without_a_draft(
+    pair: list[str], kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target, _, *rest = pair
+    assert cli.main(["generate", "Why is it?", target, *rest, "draft=none", "drafter=token_recycling",
+                     f"method={kind}"]) == 0
+    assert f"{kind} (token_recycling) · " in capsys.readouterr().out.splitlines()[-1]
+
+
 def test_the_answer_is_in_utf_8_whatever_the_terminal_says(pair: list[str]) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "specbeam", "generate", "Grüße", *pair, "method=greedy"],

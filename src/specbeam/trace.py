@@ -65,7 +65,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class SearchStep:
-    """One step of a beam search: its candidates, best first."""
+    """One step of a beam search: its candidates, best first; drawn ones as drawn, those of groups group by group."""
 
     round: int  # in which it was taken: 0 = prefill, then 1, 2, … (speculation takes several steps in one round)
     candidates: tuple[Candidate, ...]

@@ -318,7 +318,7 @@ def test_quality_figures_that_cannot_be_had_do_not_lose_the_run(
 
 def test_search_trees_are_kept_for_the_first_repeat_and_hold_the_answers(pair, tmp_path):
     assert compare(tmp_path / "run", *pair, "only=[beam,speculative_beam,transformers_beam]",
-                   "prompts=['Tell me of a fox.','Why?']", "batch_size=2") == 0
+                   "methods.speculative_beam.trace=true", "prompts=['Tell me of a fox.','Why?']", "batch_size=2") == 0
     lines = records.read_lines(tmp_path / "run" / "beams.jsonl")
     assert Counter(line["method"] for line in lines) == {"beam": 2, "speculative_beam": 2}
     rows = {(row["method"], row["prompt_id"]): row for row in rows_of(tmp_path / "run") if row["repeat"] == 0}
@@ -333,6 +333,27 @@ def test_search_trees_are_kept_for_the_first_repeat_and_hold_the_answers(pair, t
     summary = records.read_json(tmp_path / "run" / "summary.json")["methods"]
     assert summary["beam"]["beam_gap"] == pytest.approx(summary["speculative_beam"]["beam_gap"], abs=1e-4)
     assert 0 < summary["beam"]["beam_distinct_2"] <= 1 and summary["transformers_beam"]["beam_gap"] is None
+
+
+def test_speculative_beams_keep_no_tree_unless_asked(pair, tmp_path):
+    assert compare(tmp_path / "run", *pair, "only=[beam,speculative_beam]", "prompts=['Why?']", "repeats=1") == 0
+    assert [line["method"] for line in records.read_lines(tmp_path / "run" / "beams.jsonl")] == ["beam"]
+
+
+def test_the_other_searches_run_and_their_trees_are_kept(pair, tmp_path):
+    kinds = ("beam_sample", "diverse_beam", "stochastic_beam", "transformers_beam_sample")
+    methods = ", ".join(f"{kind}: {{kind: {kind}, num_beams: 4, num_return_sequences: 2}}" for kind in kinds)
+    assert compare(tmp_path / "run", *pair, f"methods={{{methods}}}", "prompts=['Tell me of a fox.','Why?']") == 0
+    rows = rows_of(tmp_path / "run")
+    assert Counter((row["method"], row["status"]) for row in rows) == {(kind, "ok"): 4 for kind in kinds}
+    lines = records.read_lines(tmp_path / "run" / "beams.jsonl")
+    assert Counter(line["method"] for line in lines) == dict.fromkeys(kinds[:3], 2)
+    first = {(row["method"], row["prompt_id"]): row["tokens"] for row in rows if row["repeat"] == 0}
+    for line in lines:
+        assert line["hypotheses"][0]["tokens"] == first[line["method"], line["prompt_id"]]
+        assert line["kind"] == line["method"] and line["returned"] == 2
+    summary = records.read_json(tmp_path / "run" / "summary.json")["methods"]
+    assert summary["diverse_beam"]["beam_gap"] is not None and summary["stochastic_beam"]["beam_gap"] is None
 
 
 def test_without_trace_there_is_no_beams_file(pair, tmp_path):

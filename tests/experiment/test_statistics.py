@@ -208,6 +208,14 @@ def test_a_plain_beam_search_commits_one_step_a_round_even_when_it_outlives_its_
     assert summarise(rows, {"beam": {"kind": "beam"}})["methods"]["beam"]["mean_accepted_length"] == 1.0
 
 
+def test_draws_have_no_gap_since_the_second_may_score_more():
+    methods = {kind: {"kind": kind} for kind in ("beam", "stochastic_beam")}
+    rows = [row(kind, "a", kind=kind, beam_gap=0.5, beam_distinct=[1.0, 0.5]) for kind in methods]
+    found = summarise(rows, methods)["methods"]
+    assert found["beam"]["beam_gap"] == 0.5 and found["stochastic_beam"]["beam_gap"] is None
+    assert found["stochastic_beam"]["beam_distinct_2"] == 0.5
+
+
 def test_every_label_is_there_and_nothing_is_nan():
     rows = [failed("speculative", "a"), row("greedy", "a", tokens=[2], decode_seconds=0.0)]
     summary = summarise(rows, METHODS)

@@ -224,10 +224,11 @@ def make_plan(config: dict[str, Any]) -> Plan:
 
 
 def traced(method: PlannedMethod) -> PlannedMethod:
-    """The method with its search tree kept, if it searches one and its settings do not say otherwise."""
+    """The method with its search tree kept, if it searches one and its settings do not say otherwise. The tree of
+    speculative_beam is beam's, and keeping it costs steps: the losers need the target's scores too."""
     several = (method.options.get("num_beams") or DEFAULT_BEAMS) > 1
-    if "trace" in method.method.options and "trace" not in method.options and several:
-        return replace(method, options={**method.options, "trace": True})
+    if method.kind != "speculative_beam" and "trace" in method.method.options and several:
+        return replace(method, options={"trace": True, **method.options})
     return method
 
 
