@@ -5,13 +5,15 @@
 Bundled pair, translation and short-answer prompts. Every output is checked: in fp32 the tokens must be those of our
 beam search. Beside speed: the time outside forwards, how often the target's next beams were all among the draft's
 (steps a round with a free draft and free verification), what that could be worth at most with this machine's forwards,
-and the memory of keys and values for a 1,500-token prompt and 8 beams.
+and for a 1,500-token prompt and 8 beams the memory of keys and values, and the most that a process needs to search.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -24,9 +26,11 @@ from specbeam.decoding import METHODS
 from specbeam.engine import tree
 from specbeam.engine.support import adapt, evaluating
 from specbeam.experiment.prompts import BUNDLED, read_prompts
+from specbeam.experiment.records import peak_memory, reset_peak_memory
 
 CATEGORIES = ("translation", "arithmetic", "instruction")
 CEILING = 6  # steps ahead
+PEAKS = ("beam", "speculative_beam", "transformers_beam")
 
 
 def methods(width: int, leave_out: list[str]) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -180,6 +184,29 @@ def memory(prompt_tokens: int = 1500, num_beams: int = 8, new: int = 32) -> dict
     return {"specbeam": ours / 2**20, "transformers": theirs / 2**20}
 
 
+def peak(kind: str, prompt_tokens: int = 1500, num_beams: int = 8, new: int = 32) -> float:
+    """MiB that a search takes at most in this process, beside what is there before it (the models; eager, fp32)."""
+    target, draft, _ = specbeam.load_pair(runner="eager", dtype="float32")
+    prompt = torch.randint(10, 8000, (1, prompt_tokens), generator=torch.Generator().manual_seed(0))
+    run, speculates = METHODS[kind].load(), METHODS[kind].speculates
+    models, options = ((target, draft), {"draft_length": 3}) if speculates else ((target,), {})
+    for length in (8, prompt_tokens):  # the first imports and probes what it needs
+        reset_peak_memory(target.device)
+        before = peak_memory(target.device)
+        run(*models, prompt[:, :length], torch.ones_like(prompt[:, :length]), num_beams=num_beams, max_new_tokens=new,
+            min_new_tokens=new, **options)
+    after = peak_memory(target.device)
+    if before is None or after is None:
+        raise SystemExit("the most memory that a process has had is only known on Linux: give --no-memory.")
+    return (after - before) / 2**20
+
+
+def peaks() -> dict[str, float]:
+    """`peak` of each search, each in a process of its own: what one has freed may stay with the process."""
+    return {kind: json.loads(subprocess.run([sys.executable, __file__, "--peak", kind], check=True, text=True,
+                                            stdout=subprocess.PIPE).stdout.splitlines()[-1]) for kind in PEAKS}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
@@ -189,18 +216,24 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--leave-out", default="", help="parts of labels, and ceiling")
     parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--peak", choices=PEAKS, help="only the memory of this search, as a number")
     parser.add_argument("--out")
     chosen = parser.parse_args()
+    if chosen.peak:
+        print(peak(chosen.peak))
+        return
     rows = [row for dtype in chosen.dtypes.split(",") for row in measure(
         dtype, chosen.runner, chosen.repeats, [int(width) for width in chosen.widths.split(",")], chosen.prompts,
         [part for part in chosen.leave_out.split(";") if part])]
-    held = None if chosen.no_memory else memory()
-    if held:
+    held = most = None
+    if not chosen.no_memory:
+        held, most = memory(), peaks()
         print(f"keys and values, 1,500-token prompt, 8 beams: specbeam {held['specbeam']:.0f} MiB, "
               f"transformers {held['transformers']:.0f} MiB")
+        print("most memory beside the models: " + ", ".join(f"{kind} {size:.0f} MiB" for kind, size in most.items()))
     if chosen.out:
         with open(chosen.out, "w", encoding="utf-8") as file:
-            json.dump({"rows": rows, "memory": held}, file, indent=1)
+            json.dump({"rows": rows, "memory": held, "peak_memory": most}, file, indent=1)
 
 
 if __name__ == "__main__":
