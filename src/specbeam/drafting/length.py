@@ -70,7 +70,7 @@ class Learned:
     kept: list[float] = field(default_factory=lambda: [0.0] * _BUCKETS)
     usual: float = UNKNOWN  # of late, of all tokens that the target judged
     credit: float = _MOST_CREDIT
-    wait: int = _SHORTEST_WAIT  # plain rounds before the next try
+    wait: int = _SHORTEST_WAIT  # plain rounds before the next try, of one row
     left: int = 0  # of them
 
     def acceptance(self, confidence: float) -> float:
@@ -89,7 +89,8 @@ class Learned:
         most = _MOST_CREDIT / rows**0.5
         self.credit = min(self.credit + max(net, -_MOST_LOSS), most)
         if self.credit <= 0:
-            self.left, self.credit = self.wait, _TRY / rows**0.5
+            # A try begins with reading every row's prompt.
+            self.left, self.credit = self.wait * rows, _TRY / rows**0.5
             self.wait = min(2 * self.wait, _LONGEST_WAIT)
         elif self.credit >= most / 2:
             self.wait = _SHORTEST_WAIT
