@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from refusals import refusal
 from tiny import prompts, tiny_draft, tiny_model
 
 from specbeam.decoding.greedy import greedy_generate
@@ -79,3 +80,8 @@ def test_q_of_a_row_that_was_not_drawn_is_one_at_its_tokens():
 def test_sampling_at_almost_no_temperature_is_greedy(acceptance):
     """With lookups longer than the draft's proposals, in one batch."""
     rounds(temperature=1e-4, top_k=0, min_match=2, acceptance=acceptance, draft_length=7)
+
+
+def test_the_shape_of_a_tree_that_no_draft_grows_is_refused():
+    said = refusal(speculative_generate, tiny_model("llama"), None, prompts((6,)), drafter="combined", branching=[2, 1])
+    assert "drafter=combined has no draft" in said

@@ -167,6 +167,9 @@ class Settings:
         if self.tree_width != Settings.tree_width and not self.tree_nodes:
             raise InputError(f"tree_width={self.tree_width} does nothing without tree_nodes, the size of a grown tree: "
                              "give tree_nodes=…, or leave tree_width out.")
+        if self.drafter == "combined" and draft is None and self.branching:
+            raise InputError(f"branching={list(self.branching)} shapes a draft model's tree, but drafter=combined has "
+                             "no draft here: leave it out, or give a draft.")
         if self.drafter == "suffix" and self.tree_nodes and self.corpus is None:
             raise InputError("tree_nodes with drafter=suffix makes a tree of what followed in a corpus, but there is "
                              "none: give corpus=<file.jsonl>, or leave tree_nodes out.")
