@@ -58,7 +58,7 @@ def speedups(methods: Methods, baselines: Sequence[str]) -> str:
         return ""
     reach = [value for _, _, one in lines for value in shown(one) if value]
     low, high = min(0.8, *reach) * 0.95, max(1.25, *reach) * 1.05
-    width, left, right, row = 780, 330, 140, 26
+    width, left, right, row = 830, 330, 190, 26  # the widest text is of no difference
     height = 40 + row * len(lines)
 
     def x(value: float) -> float:
