@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
@@ -129,10 +129,12 @@ def load_pair_with_tokenizers(
     return target_model, draft_model, ours.tokenizer, theirs.tokenizer
 
 
-def check_pair(target: str | os.PathLike[str], draft: str | os.PathLike[str]) -> None:
+def check_drafts(target: str | os.PathLike[str], drafts: Iterable[str | os.PathLike[str]]) -> None:
     """Raise InputError, before any weight is read, for a draft that is not there or of another vocabulary."""
-    ours, theirs = _open(target, False), _open("bundled-draft" if draft == "bundled" else draft, False)
-    check_same_vocabulary(ours.tokenizer, theirs.tokenizer, ours.config, theirs.config)
+    ours = _open(target, False)
+    for draft in drafts:
+        theirs = _open("bundled-draft" if draft == "bundled" else draft, False)
+        check_same_vocabulary(ours.tokenizer, theirs.tokenizer, ours.config, theirs.config)
 
 
 def check_model(path: str | os.PathLike[str]) -> None:

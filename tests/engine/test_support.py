@@ -245,3 +245,24 @@ def test_an_untied_copy_of_a_probed_model_is_a_model_of_its_own():
     adapt(first)
     second = copy.deepcopy(first)
     assert adapt(second).model is second
+
+
+def test_what_one_thread_runs_is_not_kept_when_another_ends_later():
+    """Else a weight that is written afterwards would not be seen."""
+    mine, its = tiny_model("llama"), tiny_model("gpt2")
+    ready, go = threading.Event(), threading.Event()
+
+    def other():
+        with evaluating(its):
+            ready.set()
+            go.wait(10)
+
+    thread = threading.Thread(target=other)
+    with evaluating(mine):
+        held = adapt(mine)
+        assert adapt(mine) is held
+        thread.start()
+        ready.wait(10)
+    go.set()
+    thread.join()
+    assert adapt(mine) is not held

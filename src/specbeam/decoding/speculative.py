@@ -81,8 +81,6 @@ def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
     lengths = [len(row.prompt) for row in request.rows]
     room = [row.max_new_tokens for row in request.rows]
     check_lengths(adapter, lengths, room)
-    if draft is not None:
-        adapt(draft)  # a first probe is not part of anyone's prefill
     batch, capacity = Batch(request, target), max(lengths) + max(room) + settings.most_nodes
     length = Length(settings, target, draft, len(batch.live), 0 if batch.waiting else min(room), max(lengths))
     drafter: Drafter | None = None  # as long as it does not pay: then nothing is read for it

@@ -68,8 +68,6 @@ def _search(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
     prompts = [row.prompt for row in request.rows]
     lengths, room = [len(prompt) for prompt in prompts], [row.max_new_tokens for row in request.rows]
     check_lengths(adapter, lengths, room)
-    if draft is not None:
-        adapt(draft)  # a first probe is not part of anyone's prefill
     batch = Batch(request, target)
     found: list[list[Hypothesis]] = [[] for _ in lengths]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import fields, replace
 from functools import partial
 from itertools import product
@@ -27,8 +28,8 @@ from specbeam.runners.choose import alone, runner_of
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 # What was found of each model, without the model itself: a value that held its key would keep it in memory for ever.
 _found: WeakKeyDictionary[PreTrainedModel, tuple[tuple, dict[str, Any]]] = WeakKeyDictionary()
-# By id, of models that a method runs now: to look whether a weight changed is a walk through all of them.
-_in_use: dict[int, Adapter] = {}
+# By id, of models that a method of this thread runs now: to look whether a weight changed is a walk through all.
+_in_use: ContextVar[dict[int, Adapter]] = ContextVar("in_use", default={})  # noqa: B039 (never changed in place)
 
 # The probe: two ragged prompts, and below each one two siblings with two equal children each. The children have the
 # same tokens and differ only in what they may see and in nothing else.
@@ -39,8 +40,8 @@ _GAP = 600  # slots between prompt and tree: what counts slots instead of positi
 
 def adapt(model: PreTrainedModel) -> Adapter:
     """The adapter for `model`, probed once. Raises InputError, naming the model, if it cannot be run exactly."""
-    if id(model) in _in_use:
-        return _in_use[id(model)]
+    if id(model) in _in_use.get():
+        return _in_use.get()[id(model)]
     key = (model.dtype, model.device, getattr(_text_config(model), "_attn_implementation", None))
     if model not in _found or _found[model][0] != key:
         adapter = _probe(model)
@@ -55,14 +56,13 @@ def evaluating(*models: PreTrainedModel) -> Iterator[None]:
     """While a method runs: models in eval mode, and torch on one thread if a runner brings its own, which torch's
     idle ones would hold up (a quarter of the speed of plain decoding, two threads each on two cores)."""
     with eval_mode(*models):
-        adapters, before = [adapt(model) for model in models], dict(_in_use)
-        _in_use.update({id(adapter.model): adapter for adapter in adapters})
+        adapters = [adapt(model) for model in models]
+        before = _in_use.set(_in_use.get() | {id(adapter.model): adapter for adapter in adapters})
         try:
             with alone() if any(adapter.runner.own_threads for adapter in adapters) else nullcontext():
                 yield
         finally:
-            _in_use.clear()
-            _in_use.update(before)
+            _in_use.reset(before)
 
 
 @contextmanager

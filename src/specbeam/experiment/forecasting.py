@@ -226,15 +226,13 @@ def _from_models(config: dict[str, Any], lengths: list[int], batch_sizes: list[i
     from specbeam.decoding.sample import sample_generate
     from specbeam.engine.support import adapt
     from specbeam.hardware import size_of
-    from specbeam.models import check_pair, load_model, precision_of_draft, resolve_device
+    from specbeam.models import check_drafts, load_model, precision_of_draft, resolve_device
 
     given: dict[str, Any] = {"device": config["device"] or "auto", "dtype": config["dtype"] or "auto",
                              "runner": config["runner"] or "auto", "precision": config["precision"]}
     target_path = str(model_path(config, "target"))
     drafts = named_drafts(config)
-    for path in drafts.values():
-        if path is not None:
-            check_pair(target_path, path)
+    check_drafts(target_path, [path for path in drafts.values() if path is not None])
     with console.status("loading the target"):
         target, tokenizer = load_model(target_path, **given)
     method = _method(config)

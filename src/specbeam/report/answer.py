@@ -25,6 +25,11 @@ def answers(summary: Mapping[str, Any]) -> list[str]:
     return sentences or ["This run has no figures: no method decoded anything."]
 
 
+def rounded(summary: Mapping[str, Any]) -> bool:
+    """Whether specbeam's methods ran a target rounded to int8."""
+    return "int8" in (summary.get("runner") or {}).get("target", "")
+
+
 def rate(figures: Mapping[str, Any]) -> str:
     """Decode rate with about three digits."""
     value = figures["decode_tokens_per_second"]

@@ -43,11 +43,6 @@ class Run:
         return f"{self.target} with draft {self.draft}" if self.target and self.draft else self.target
 
     @property
-    def int8(self) -> bool:
-        """Whether specbeam's methods ran a target rounded to int8."""
-        return "int8" in (self.summary.get("runner") or {}).get("target", "")
-
-    @property
     def target(self) -> str:
         return _name(self.summary.get("target") or self.config.get("target"))
 

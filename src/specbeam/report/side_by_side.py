@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from specbeam.experiment.compose import flatten
-from specbeam.report.answer import answers, interval, rate
+from specbeam.report.answer import answers, interval, rate, rounded
 from specbeam.report.escape import escape
 from specbeam.report.runs import Run
 from specbeam.report.tables import with_interval
@@ -34,7 +34,7 @@ def not_comparable(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
 
     found = []
     # int8 weights are another model than the one they were rounded from
-    targets = [f"{run.target} with int8 weights" if run.int8 else run.target for run in runs]
+    targets = [f"{run.target} with int8 weights" if rounded(run.summary) else run.target for run in runs]
     if differ(targets):
         each = ", ".join(f"{name}: {target or 'unknown'}" for name, target in zip(names, targets, strict=True))
         found.append(f"Not comparable: the runs have different targets ({each}). Neither speeds nor outputs say which "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from specbeam.report.answer import answers, interval, no_difference, rate, shown
+from specbeam.report.answer import answers, interval, no_difference, rate, rounded, shown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -126,7 +126,7 @@ def footnotes(summary: Mapping[str, Any]) -> list[str]:
                      "inside is printed as no difference.")
     elif summary.get("device") and any(figures.get("speedup") for figures in methods.values()):
         notes.append("The machine's noise was not measured: it takes repeats of 2 or more.")
-    if "int8" in (summary.get("runner") or {}).get("target", ""):
+    if rounded(summary):
         notes.append("int8 weights: specbeam's methods ran another target, rounded from the one that transformers ran.")
     few = min((one["units"] for figures in methods.values() for one in figures.get("speedup", {}).values()
                if one.get("units")), default=FEW)
