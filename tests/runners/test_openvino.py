@@ -114,14 +114,13 @@ def planted(monkeypatch, name, fault):
     monkeypatch.setattr(backend.StateSlots, name, fault)
 
 
-def forgotten_owner(slots, rows, new):
-    slots.length += new
+def forgotten_owner(slots, places):
+    slots.length += places.shape[1]
 
 
-def nothing_dies(slots, rows, new, right=backend.StateSlots._append):
-    right(slots, rows, new)
-    if not slots.plain:
-        slots.alive.fill_(True)
+def nothing_dies(slots, places, right=backend.StateSlots._append):
+    right(slots, places)
+    slots.alive[:, : slots.length] = True
 
 
 def unordered(slots):
@@ -257,9 +256,19 @@ def test_after_a_failed_forward_the_next_ones_are_right():
     use_runner(target, "openvino")
     wanted = specbeam.greedy_generate(target, ids, max_new_tokens=5).tokens
     tree = TokenTree(adapt(target), 1, 8)
-    forward = tree.cache.forward
-    with pytest.raises(RuntimeError):
-        forward(ids, ids[:, :3], torch.ones(1, 4, 9).bool(), None, None)
+    before, request = tree.cache.requests.compiled, tree.cache.request
+
+    class Fails:
+        def __getattr__(self, name):
+            return getattr(request, name)
+
+        def infer(self, **options):
+            raise RuntimeError("half-way")
+
+    tree.cache.request = Fails()
+    with pytest.raises(RuntimeError, match="half-way"):
+        tree.extend(tree.tips([0]), chain(ids, tree.device))
+    assert tree.cache.requests.compiled is not before, "all requests share what is now in a bad state"
     assert specbeam.greedy_generate(target, ids, max_new_tokens=5).tokens == wanted
 
 

@@ -19,7 +19,7 @@ from specbeam.decoding.request import Request, settle
 from specbeam.decoding.rows import Batch
 from specbeam.engine.support import adapt, check_lengths, evaluating
 from specbeam.engine.tree import chain, read_prompts
-from specbeam.runners.chains import Chains, shape_of
+from specbeam.runners.chains import chains_of, shape_of
 from specbeam.sampling import process, refuse_nothing, uniforms
 from specbeam.trace import GenerationOutput
 
@@ -78,7 +78,7 @@ def decode_plainly(target: PreTrainedModel, request: Request, choose: Choose) ->
         if new:
             continue
         if shape is not None:
-            _step_ahead(batch, Chains(tree, shape))
+            step_ahead(batch, chains_of(tree, shape))
             tips = tree.tips([len(batch.rows[row].sequence) - 1 for row in batch.live])
             last = torch.tensor([batch.rows[row].tokens[-1] for row in batch.live], device=tree.device)
             continue
@@ -91,24 +91,29 @@ def decode_plainly(target: PreTrainedModel, request: Request, choose: Choose) ->
         batch.phases["accept"].append((verified, batch.clock.mark()))
 
 
-def _step_ahead(batch: Batch, chains: Chains) -> None:
-    """Steps until a row ends, each begun before the host has seen the token of the one before."""
+def step_ahead(batch: Batch, chains: Any, most: float = float("inf"), why: str = "") -> int:
+    """Plain steps until a row ends, at most so many, begun before the host has seen the tokens before them; how many
+    were taken. why: for the trace."""
     live, begun, steps, ended = list(batch.live), deque[tuple[Any, Any, Callable[[], list[int]]]](), 0, False
     texts = [batch.rows[row].sequence for row in live]
-    left = min(batch.rows[row].remaining for row in live)
+    left = min(most, *(batch.rows[row].remaining for row in live))
     while begun or not ended:
-        while not ended and len(begun) < 2 and steps < left:
+        while not ended and len(begun) < chains.ahead and steps < left:
             start, steps, uniform = batch.clock.mark(), steps + 1, None
             if chains.shape.samples:
                 generators = [batch.request.rows[row].generator for row in live]
                 uniform = uniforms(generators, [1] * len(live), torch.device("cpu"))[:, 0]
             tokens = chains.step(max(map(len, texts)) - 1 + steps, texts, uniform)
             begun.append((start, batch.clock.mark(), tokens))
+        if not begun:
+            break
         start, end, tokens = begun.popleft()
         batch.phases["verify"].append((start, end))
         for row, token in zip(live, tokens(), strict=True):
             if batch.rows[row].finish_reason is None:
                 refuse_nothing(token < 0)
                 batch.commit(row, [token], ["plain"])
-                batch.round_done(row, start, [], 0, 1, end=end)
+                batch.round_done(row, start, [], 0, 1, why=why, end=end)
                 ended |= batch.rows[row].finish_reason is not None
+    chains.forget()  # a step more than was seen may have been taken
+    return steps

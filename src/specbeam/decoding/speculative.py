@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specbeam import acceptance as rules
+from specbeam.decoding.greedy import step_ahead
 from specbeam.decoding.request import Request, settle
 from specbeam.decoding.rows import Batch
 from specbeam.drafting import Drafter, Proposal, Settings, make_drafter
@@ -26,7 +27,7 @@ from specbeam.drafting.length import Length
 from specbeam.engine.support import adapt, check_lengths, evaluating
 from specbeam.engine.tree import Block, branches, chain, read_prompts
 from specbeam.errors import InputError
-from specbeam.runners.chains import Chains, shape_of
+from specbeam.runners.chains import chains_of, shape_of
 from specbeam.sampling import process, refuse_nothing, uniforms
 from specbeam.trace import GenerationOutput
 
@@ -110,7 +111,7 @@ def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
             batch.prefill_done(new, start)
             if len(new) == len(batch.live):
                 tree, tips, drafter = fresh, its, theirs
-                chains = None if shape is None else Chains(tree, shape)
+                chains = chains_of(tree, shape)
             else:
                 if chains is not None:
                     tips = tree.tips([len(batch.rows[row].sequence) - 1 for row in batch.live[: -len(new)]])
@@ -136,6 +137,10 @@ def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
         states = [batch.rows[row] for row in batch.live]
         # The last token of an answer is never worth a proposal behind it.
         limits = length.limits([min(settings.depth, state.remaining - 1) for state in states])
+        if chains is not None and length.rest:
+            steps = step_ahead(batch, chains, length.rest, length.why[0])
+            length.rested(steps, batch.clock.seconds(start, batch.clock.mark()))
+            continue
         if max(limits):
             drafter = drafter or drafter_of(batch.live)
             if chains is None and hasattr(drafter, "stand"):
@@ -186,7 +191,7 @@ def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
             drafter.observe([[token, *ids] for token, ids in zip(last, tokens, strict=True)], logits)
 
 
-def _recorded(batch: Batch, chains: Chains, drafter: Any, limits: list[int], length: Length, acceptance: str) -> tuple[
+def _recorded(batch: Batch, chains: Any, drafter: Any, limits: list[int], length: Length, acceptance: str) -> tuple[
         Any, Any, int, Proposal | None, list[list[int]], list[int]]:
     """A round of recorded functions: the host waits once, for what was accepted. Returns the marks behind drafting and
     verifying, the tokens of a row that the target read, the proposal, and what `_choose` gives."""

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -24,8 +25,9 @@ from specbeam.drafting.length import Length
 from specbeam.engine.runner import embedding
 from specbeam.engine.support import adapt, check_lengths
 from specbeam.engine.tree import Block, Tips, TokenTree, chain, leaves
-from specbeam.runners.chains import Chains, shape_of
+from specbeam.runners.chains import Chains, chains_of, shape_of
 from specbeam.runners.graph import MOST_NEW
+from specbeam.runners.host_chains import HostChains
 from specbeam.sampling import Path, draw, process, uniforms
 
 
@@ -72,17 +74,21 @@ class DraftModel:
         self.known = embedding(draft).shape[0]
         self.read = [0] * len(lengths)  # committed tokens behind each tip
         self.tips: Tips | None = None  # None: each at the end of a chain of so many
-        self.chains: Chains | None = None  # when the whole proposal is one recording
-        self.ahead: int | None = None  # how many tokens of the last proposal were read, when it was
+        self.chains: Chains | HostChains | None = None  # when the whole proposal is one recording, or numbers only
+        self.ahead: list[int] | None = None  # how many tokens of the last proposal each row read, when it was
         self._read(prompts)  # makes `nodes`: of the last proposal, the committed text, then the nodes that were read
         self.tips = self.nodes
         if shape.branching == (1,) * shape.depth and not shape.nodes and type(self) is DraftModel:
             recorded = shape_of(self.tree.adapter, [row.processors for row in self.rows], self.draws)
-            self.chains = None if recorded is None else Chains(self.tree, recorded, reads=True)
+            self.chains = chains_of(self.tree, recorded, reads=True)
+            if isinstance(self.chains, HostChains) and not self.chains.numbers:
+                self.chains = None
         self.numbers: list[list[int]] = []  # of each proposed token among `nodes`
 
     def propose(self, sequences: Sequence[list[int]], limits: Sequence[int], length: Length) -> Proposal:
         deepest = min(max(limits), self.shape.depth)
+        if isinstance(self.chains, HostChains):
+            return self._chain(self.chains, sequences, limits, deepest, length)
         logits = self._read(self._texts(sequences))
         if self.shape.nodes:
             return self._grow(sequences, limits, deepest, logits, length)
@@ -127,6 +133,38 @@ class DraftModel:
         return Proposal(
             [ids[:n] for ids, n in zip(flat, counts, strict=True)], [parents[:n] for n in counts],
             torch.cat(q, 1) if self.draws and q else None, [self.name] * rows, list(length.why), sure, forwards)
+
+    def _chain(self, chains: HostChains, sequences: Sequence[list[int]], limits: Sequence[int], deepest: int,
+               length: Length) -> Proposal:
+        """The same for chains of most probable tokens, in numpy."""
+        last = self.known - 1
+        new = [[min(token, last) for token in text[n:]] for text, n in zip(sequences, self.read, strict=True)]
+        longest = max(map(len, new))
+        logits = chains.read([[*ids, *[0] * (longest - len(ids))] for ids in new], self.read,
+                             [len(ids) - 1 for ids in new])[:, 0, : self.vocabulary]
+        self.read, self.ahead, self.tips = [len(text) for text in sequences], [0] * len(new), None
+        proposed: list[list[int]] = [[] for _ in new]
+        sure: list[list[float]] = [[] for _ in new]
+        wanted, forwards = [limit > 0 for limit in limits], 1
+        for step in range(deepest):
+            best = logits.argmax(-1)
+            if not length.fixed:
+                largest = (1 / np.exp(logits - np.take_along_axis(logits, best[:, None], 1)).sum(-1)).tolist()
+                wanted = length.proposes(wanted, largest)
+                for row, confidence in enumerate(largest):
+                    sure[row] += [confidence] * wanted[row]
+            tokens = best.tolist()
+            for row, token in enumerate(tokens):
+                proposed[row] += [token] * wanted[row]
+            wanted = length.reads_on([here and step + 1 < limit for here, limit in zip(wanted, limits, strict=True)])
+            if not any(wanted):
+                break
+            forwards += 1
+            logits = chains.read([[min(token, last)] for token in tokens], [n + step for n in self.read])[
+                :, 0, : self.vocabulary]
+            self.ahead = [step + 1 if here else n for here, n in zip(wanted, self.ahead, strict=True)]
+        return Proposal(proposed, [list(range(-1, len(ids) - 1)) for ids in proposed], None, [self.name] * len(new),
+                        list(length.why), sure, forwards)
 
     def _grow(self, sequences: Sequence[list[int]], limits: Sequence[int], deepest: int, logits: Tensor,
               length: Length) -> Proposal:
@@ -179,7 +217,7 @@ class DraftModel:
         """In place of `propose`, where the runner records it: chains of full length [rows, depth] on their way, and
         what they were drawn from; None: not here."""
         new = [text[n:] for text, n in zip(sequences, self.read, strict=True)]
-        if self.chains is None or max(map(len, new)) > MOST_NEW:
+        if not isinstance(self.chains, Chains) or max(map(len, new)) > MOST_NEW:
             return None
         uniform, depth = None, self.shape.depth
         if self.draws:
@@ -187,12 +225,12 @@ class DraftModel:
             uniform = uniforms([row.generator for row in self.rows], counts, torch.device("cpu"))
             uniform = torch.nn.functional.pad(uniform, (0, depth - uniform.shape[1]))
         found = self.chains.propose(new, self.read, sequences, depth, self.vocabulary, self.known, uniform)
-        self.read, self.ahead = [len(text) for text in sequences], depth - 1
+        self.read, self.ahead = [len(text) for text in sequences], [depth - 1] * len(new)
         return found
 
     def accept(self, paths: Sequence[Sequence[int]]) -> None:
         if self.ahead is not None:
-            self.read = [n + min(len(path), self.ahead) for n, path in zip(self.read, paths, strict=True)]
+            self.read = [n + min(len(path), ahead) for n, path, ahead in zip(self.read, paths, self.ahead, strict=True)]
             self.tips, self.ahead = None, None
             return
         read = self.nodes.depth.shape[1]

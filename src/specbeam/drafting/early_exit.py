@@ -66,7 +66,7 @@ class EarlyExit(DraftModel):
 
     def __init__(self, short: Adapter, request: Any, shape: Shape, vocabulary: int):
         self.short, self.rows, self.shape, self.vocabulary = short, list(request.rows), shape, vocabulary
-        self.draws = request.config.do_sample and not shape.nodes
+        self.draws, self.chains, self.ahead = request.config.do_sample and not shape.nodes, None, None
 
     def stand(self, tree: TokenTree, tips: Tips) -> None:
         """Where the target stands: it has read all of the committed text but the last token."""

@@ -171,6 +171,7 @@ class Length:
         self.reach = [1.0] * rows  # P(all proposed so far accepted), of the running round
         self.why = [""] * rows
         self.prices, self.stale, self.frozen = Prices(), False, bool(settings.costs)
+        self.rest = 0  # plain rounds from here on that need no more thought
         if settings.costs:
             self.learned, self.prices = read_costs(settings.costs)
         elif self.auto:
@@ -198,6 +199,7 @@ class Length:
 
     def limits(self, most: Sequence[int]) -> list[int]:
         """How deep each row may propose in this round; 0: decode plainly."""
+        self.rest = 0
         self.reach, self.why = [1.0] * len(most), ["length" if n == self.settings.depth else "end of answer"
                                                   for n in most]
         if not self.auto:
@@ -206,6 +208,7 @@ class Length:
             self.why = ["measuring plain"] * len(most)
         elif self.idle:
             self.why = ["does not pay"] * len(most)
+            self.rest = _LONGEST_WAIT if self.frozen else self.learned.left
             self.learned.left -= not self.frozen
         else:
             self.stale = not self.frozen
@@ -213,6 +216,14 @@ class Length:
                 return [min(_CAUTIOUS, n) for n in most]
             return list(most)
         return [0] * len(most)
+
+    def rested(self, rounds: int, seconds: float) -> None:
+        """So many of the `rest` were taken, in so many seconds."""
+        if not self.frozen:
+            self.learned.left -= rounds - 1  # `limits` counted one
+            each = agreed([seconds / rounds], self.target)[0]
+            self.costs.plain.append(each)
+            self.costs.unchecked = 0
 
     def proposes(self, wanted: Sequence[bool], confidence: Sequence[float]) -> list[bool]:
         """Which of the `wanted` rows propose the token after their prefix, given the draft's largest probability

@@ -29,6 +29,7 @@ class Runner:
     own_threads: bool = False  # beside torch's
     lends: bool = False  # its slots also serve a model of the target's own first layers (drafting/early_exit.py)
     fuse: Callable[..., list[Tensor]] | None = None  # of one that records whole functions (runners/chains.py)
+    reads: bool = False  # its slots have `read`, for chains on the host (runners/host_chains.py)
 
 
 @dataclass(frozen=True)

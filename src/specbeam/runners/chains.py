@@ -7,14 +7,14 @@ In a chain slot i holds position i: a row's length alone says which slots it see
 positions, so that no mask is made outside. A proposal always has its full length, whatever a row may still use of it,
 so that the end of an answer is no new shape.
 Only processors that look at the scores, and the repetition penalty, can be recorded; others leave their method in its
-ordinary loop.
+ordinary loop. On a CPU host_chains.py does the same without recording.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import FloatTensor, LongTensor, Tensor
@@ -26,6 +26,9 @@ from specbeam.engine.runner import EAGER, Adapter
 from specbeam.engine.tree import TokenTree
 from specbeam.runners.graph import is_warming
 from specbeam.sampling import invert
+
+if TYPE_CHECKING:
+    from specbeam.runners.host_chains import HostChains
 
 _OF_SCORES = (hf.TemperatureLogitsWarper, hf.TopKLogitsWarper, hf.TopPLogitsWarper, hf.MinPLogitsWarper,
               hf.InfNanRemoveLogitsProcessor, hf.LogitNormalization)
@@ -69,13 +72,26 @@ class Shape:
 def shape_of(adapter: Adapter, processors: Sequence[LogitsProcessorList], samples: bool) -> Shape | None:
     """None: this model, or what shapes its scores, is not for recorded functions."""
     # Rotary scaling that looks at the longest row must not see tokens that nobody will use.
-    if adapter.runner.fuse is None or adapter.rope_limit is not None:
+    if not (adapter.runner.fuse or adapter.runner.reads) or adapter.rope_limit is not None:
         return None
     return Shape.of(processors, samples)
 
 
+def chains_of(tree: TokenTree, shape: Shape | None, reads: bool = False) -> Chains | HostChains | None:
+    """For what `shape_of` found, in the way of the tree's runner. reads: see Chains."""
+    if shape is None:
+        return None
+    if not tree.adapter.runner.reads:
+        return Chains(tree, shape, reads)
+    from specbeam.runners.host_chains import HostChains
+
+    return HostChains(tree, shape)
+
+
 class Chains:
     """The rows of one tree, each a chain, and what recorded functions carry from call to call."""
+
+    ahead = 2  # steps that are begun before the first is seen
 
     def __init__(self, tree: TokenTree, shape: Shape, reads: bool = False):
         """reads: the functions are told each time what is new in the texts (a draft's); else they know the last token

@@ -4,11 +4,15 @@ The model's state is append-only, while a tree's slots are written again and aga
 position of the state remembers which slot was written there, a position whose slot was written again is dead, and the
 mask that the model gets is the tree's, gathered by owner. When too much of the state is dead it is compacted.
 One compiled model serves any number of trees: each has an infer request, whose state is its keys and values.
+In numpy: the model's weights pass through the caches in every forward, so that what runs between two of them runs
+cold, and there a call of torch costs ten of numpy's (docs/log.md).
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -34,7 +38,8 @@ def make(adapter: Adapter, precision: str | None) -> Runner:
     def open_slots(adapter: Adapter, rows: int, capacity: int) -> StateSlots:
         return StateSlots(requests, rows, capacity)
 
-    return Runner("openvino" if precision is None else f"openvino {precision}", open_slots, _forward, own_threads=True)
+    name = "openvino" if precision is None else f"openvino {precision}"
+    return Runner(name, open_slots, _forward, own_threads=True, reads=True)
 
 
 class _Requests:
@@ -75,31 +80,31 @@ class StateSlots:
         self.span: slice | None = None
         self.view = self.length = 0  # length: positions of the state
         self.order: np.ndarray
+        self.chosen = self.reordered = False
         self.inputs = {port.get_any_name() for port in self.request.model_inputs}
+        self.owner = np.zeros((rows, 0), dtype=np.int64)  # the slot that was written at each position
+        self.alive = np.ones((rows, 0), dtype=bool)  # and was not written again; True beyond `length`
+        self.plain = True  # position p holds slot p in every row, and nothing is dead
+        self.held: dict[tuple[int, int, int], dict[str, tuple[np.ndarray, ov.Tensor]]] = {}  # inputs, by their sizes
+        self.set: tuple[int, int, int] | None = None  # which of them the request has
+        self.masks: list[np.ndarray] = []
         self._in_order(rows)
-        self.everything: dict[tuple[int, int], Tensor] = {}
-        # Position p holds slot p in every row: nothing has been written twice, and there is nothing to look up.
-        self.plain = True
-        self.owner = self.alive = self.place = torch.empty(0)
 
     def resize(self, capacity: int) -> None:
         self.capacity = capacity
-        if not self.plain:
-            self.place = torch.nn.functional.pad(self.place, (0, capacity - self.place.shape[1]))
 
     def keep_rows(self, index: Tensor) -> None:
+        rows = index.numpy()
+        self.owner, self.alive = self.owner[rows], self.alive[rows]
         if self.length:
-            self.order, self.chosen = self.order[index.numpy()], True
+            self._in_order(len(rows), self.order[rows])
         else:
-            self._in_order(len(index))
-        if not self.plain:
-            self.owner, self.alive, self.place = self.owner[index], self.alive[index], self.place[index]
+            self._in_order(len(rows))
 
     def join(self, more: StateSlots) -> None:
         """Go on with another batch's rows too, behind these; both have the same capacity."""
         for slots in (self, more):
             slots._compact()
-            slots._look_up()
         longest = max(self.length, more.length)
         its = {state.name: state for state in more.request.query_state()}
         for state in self.request.query_state():
@@ -108,104 +113,146 @@ class StateSlots:
             both = [torch.nn.functional.pad(kept, (0, 0, 0, longest - kept.shape[2])) for kept in rows]
             state.state = _tensor(torch.cat(both), state.state.element_type)
         for slots in (self, more):
-            slots.owner = torch.nn.functional.pad(slots.owner[:, : slots.length], (0, longest - slots.length))
-            slots.alive = torch.nn.functional.pad(slots.alive[:, : slots.length + 1], (0, longest - slots.length))
-        self.owner, self.alive, self.place = (
-            torch.cat(pair) for pair in ((self.owner, more.owner), (self.alive, more.alive), (self.place, more.place)))
-        self.length = longest
+            slots._room(longest)
+            slots.alive[:, slots.length : longest] = False
+        self.owner, self.alive = (np.concatenate([mine[:, :longest], theirs[:, :longest]]) for mine, theirs in (
+            (self.owner, more.owner), (self.alive, more.alive)))
+        self.length, self.plain = longest, False
         self._in_order(len(self.owner))
 
     def forward(self, tokens: Tensor, positions: Tensor, visible: Tensor, near: Tensor | None, keep: Tensor | None
                 ) -> Tensor:
-        rows, new = tokens.shape
+        new = tokens.shape[1]
         if self.length + new - self.view > _SLACK + self.view // 4:
             self._compact()
-        self._append(rows, new)
-        if keep is None:
-            if (rows, new) not in self.everything:
-                self.everything[rows, new] = torch.arange(new).expand(rows, -1).contiguous()
-            keep = self.everything[rows, new]
-        else:
-            keep = keep[:, None]
-        given = {"tokens": tokens.contiguous().numpy(), "positions": positions.contiguous().numpy(),
-                 "keep": keep.numpy(), "beam_idx": self.order}
-        if "mask" in self.inputs:
-            given["mask"] = self._bias(visible)
-        if "near" in self.inputs:
-            given["near"] = given["mask"] if near is None and "mask" in given else self._bias(
-                visible if near is None else near)
-        # As tensors: of arrays OpenVINO's Python would look up, compare and wrap each one again.
-        tensors = {name: ov.Tensor(array, shared_memory=True) for name, array in given.items()}
+        self._append(self.slots.numpy())
+        wanted = {"mask": visible, "near": visible if near is None else near}
+        masks: dict[str, np.ndarray | None] = {
+            name: self._seen(one.numpy()) for name, one in wanted.items() if name in self.inputs}
+        kept = None if keep is None else keep.numpy()[:, None]
+        logits = self._infer(tokens.numpy(), positions.numpy(), masks, kept)
+        return torch.from_numpy(logits.copy())  # its memory is the next forward's too
+
+    def read(self, tokens: Sequence[Sequence[int]], depth: Sequence[int], highest: int | None, window: int | None,
+             keep: Sequence[int] | None) -> np.ndarray:
+        """A chain in each row, where slot i is position i: tokens [rows, new] behind the row's first `depth` [rows];
+        what it held beyond them is dead. highest: of the positions that exist; keep: [rows], the one token of each row
+        whose logits are wanted. Logits [rows, new or 1, vocabulary], until the next forward."""
+        start, new, view = self.length, len(tokens[0]), max(depth) + len(tokens[0])
+        if not (self.plain and view == start + new and min(depth) == start):
+            self.plain = False
+            self.alive[:, :start] &= self.owner[:, :start] < np.array(depth)[:, None]
+            if start + new - view > _SLACK + view // 4:
+                self._compact()
+                start = self.length
+        positions: Any = [[*range(first, first + new)] for first in depth]
+        self._room(start + new)
+        self.owner[:, start : start + new], self.length = positions, start + new
+        masks: dict[str, np.ndarray | None] = {"mask": None}
+        if new > 1 or not self.plain:
+            seen = np.repeat(self.alive[:, None, : self.length], new, 1)
+            seen[:, :, start:] = _below(new)
+            masks["mask"] = seen
+        masks["near"] = masks["mask"]
+        if window is not None and view > window:
+            near = self.owner[:, None, : self.length] > np.array(positions)[..., None] - window
+            masks["near"] = near if masks["mask"] is None else masks["mask"] & near
+        if highest is not None:
+            positions = np.minimum(positions, highest)
+        return self._infer(tokens, positions, masks, None if keep is None else [[place] for place in keep])
+
+    def _infer(self, tokens: Any, positions: Any, masks: dict[str, np.ndarray | None], keep: Any) -> np.ndarray:
+        """tokens, positions: [rows, new]; masks: [rows, new, positions of the state] bool, None: all; keep: [rows,
+        kept], None: all."""
+        rows, new = len(tokens), len(tokens[0])
+        key = (rows, new, keep is None)
+        if key not in self.held:
+            shapes = {"tokens": (rows, new), "positions": (rows, new), "keep": (rows, new if keep is None else 1)}
+            arrays = {name: np.zeros(shape, dtype=np.int64) for name, shape in shapes.items()}
+            arrays["keep"] += _count(shapes["keep"][1])
+            self.held[key] = {name: (array, ov.Tensor(array, shared_memory=True)) for name, array in arrays.items()}
+        held = self.held[key]
+        held["tokens"][0][:], held["positions"][0][:] = tokens, positions
+        if keep is not None:
+            held["keep"][0][:] = keep
+        if self.set != key:
+            for name, (_, tensor) in held.items():
+                self.request.set_tensor(name, tensor)
+        if self.reordered:
+            self.request.set_tensor("beam_idx", ov.Tensor(self.order, shared_memory=True))
+        self.set, self.reordered, self.masks = key, False, []
+        for name, seen in masks.items():
+            if name in self.inputs:
+                added = (np.zeros((rows, 1, new, self.length), dtype=np.float32) if seen is None
+                         else _ADDED.take(seen.view(np.uint8))[:, None])
+                self.masks.append(added)  # nobody else holds it
+                # As a tensor: an array OpenVINO's Python would look up, compare and wrap.
+                self.request.set_tensor(name, ov.Tensor(added, shared_memory=True))
         try:
-            result = self.request.infer(tensors, share_inputs=True, share_outputs=True)
+            result = self.request.infer(share_outputs=True)
         except BaseException:
             self.requests.forget()
             raise
         if self.chosen:
             self._in_order(rows)
-        return torch.from_numpy(result[0]).clone()  # its memory is the next forward's too
+        return result[0]
 
-    def _in_order(self, rows: int) -> None:
-        """The coming forward goes on with these rows of the state (beam_idx): all, as they are."""
-        self.order, self.chosen = np.arange(rows, dtype=np.int32), False
+    def _in_order(self, rows: int, order: np.ndarray | None = None) -> None:
+        """The coming forward goes on with these rows of the state (beam_idx); None: all, as they are."""
+        self.chosen = order is not None
+        self.order, self.reordered = np.arange(rows, dtype=np.int32) if order is None else order, True
 
-    def _bias(self, visible: Tensor) -> np.ndarray:
-        """[rows, 1, new, positions]: what to add to the scores."""
+    def _seen(self, visible: np.ndarray) -> np.ndarray:
+        """[rows, new, positions]: the tree's mask [rows, new, slots], by position."""
         if not self.plain:
-            owner = self.owner[:, None, : self.length].expand(-1, visible.shape[1], -1)
-            visible = visible.gather(2, owner).logical_and_(self.alive[:, None, 1 : self.length + 1])
+            visible = np.take_along_axis(visible, self.owner[:, None, : self.length], 2)
+            visible &= self.alive[:, None, : self.length]
+        visible = visible[..., : self.length]  # `read` may have dropped what lay in the last slots
         if visible.shape[2] != self.length:  # OpenVINO would read beyond it
             raise RuntimeError(f"the mask is {visible.shape[2]} positions wide and the state has {self.length}")
-        return _ADDED.take(visible.numpy().view(np.uint8))[:, None]
+        return visible
 
-    def _append(self, rows: int, new: int) -> None:
-        """The coming forward appends `self.slots`: remember where, and that what they held is dead."""
-        start, self.length = self.length, self.length + new
-        if self.plain:
-            if self.span is not None and self.span.start == start:
-                return
-            self.length = start
-            self._look_up()
-            self.length = start + new
-        if self.length > self.owner.shape[1]:
-            more = self.length // 2 + 64
-            self.owner = torch.nn.functional.pad(self.owner, (0, more))
-            self.alive = torch.nn.functional.pad(self.alive, (0, more), value=True)
-        self.alive.scatter_(1, self.place.gather(1, self.slots), False)
-        self.owner[:, start : self.length] = self.slots
-        self.place.scatter_(1, self.slots, torch.arange(start + 1, self.length + 1).expand(rows, -1))
+    def _append(self, slots: np.ndarray) -> None:
+        """The coming forward appends these slots [rows, new]: remember where, and that what they held is dead."""
+        start, new = self.length, slots.shape[1]
+        if not (self.plain and self.span is not None and self.span.start == start):
+            self.plain = False
+            for column in slots.T if start else ():
+                self.alive[:, :start] &= self.owner[:, :start] != column[:, None]
+        self._room(start + new)
+        self.owner[:, start : start + new], self.length = slots, start + new
 
-    def _look_up(self) -> None:
-        """From here on positions and slots differ."""
-        if self.plain:
-            rows, self.plain = len(self.order), False
-            self.owner = torch.arange(self.length).repeat(rows, 1)
-            # Column 0 is for slots that were never written.
-            self.alive = torch.ones(rows, 1 + self.length, dtype=torch.bool)
-            self.place = torch.zeros(rows, self.capacity, dtype=torch.long)  # 1 + position of each slot
-            self.place[:, : self.length] = torch.arange(1, 1 + self.length)
+    def _room(self, length: int) -> None:
+        if length > self.owner.shape[1]:
+            more = ((0, 0), (0, length - self.owner.shape[1] + length // 2 + 64))
+            self.owner, self.alive = np.pad(self.owner, more), np.pad(self.alive, more, constant_values=True)
 
     def _compact(self) -> None:
         """Drop dead positions, and put the others in the order of their slots."""
         if self.plain:
             return
-        owner, hidden = self.owner[:, : self.length], ~self.alive[:, 1 : self.length + 1]
-        order = torch.where(hidden, self.capacity + owner, owner).argsort(1)[:, : int((~hidden).sum(1).max())]
+        owner, hidden = self.owner[:, : self.length], ~self.alive[:, : self.length]
+        order = np.where(hidden, self.capacity + owner, owner).argsort(1)[:, : int((~hidden).sum(1).max())]
+        places = torch.from_numpy(order)[:, None, :, None]
         for state in self.request.query_state():
             kept = torch.from_numpy(state.state.data)[torch.from_numpy(self.order).long()]
-            index = order[:, None, :, None].expand(-1, kept.shape[1], -1, kept.shape[3])
-            state.state = _tensor(kept.gather(2, index), state.state.element_type)
+            state.state = _tensor(kept.gather(2, places.expand(-1, kept.shape[1], -1, kept.shape[3])),
+                                  state.state.element_type)
         self._in_order(len(order))
         self.length = order.shape[1]
-        owner, hidden = owner.gather(1, order), hidden.gather(1, order)
-        places = torch.arange(self.length)
-        if not hidden.any() and bool((owner == places).all()):
-            self.plain = True
-            return
-        self.owner, self.alive = owner, torch.nn.functional.pad(~hidden, (1, 0), value=True)
-        place = torch.zeros(len(owner), self.capacity + 1, dtype=torch.long)  # one column for the dead
-        place.scatter_(1, torch.where(hidden, self.capacity, owner), (places + 1).expand_as(owner))
-        self.place = place[:, : self.capacity]
+        self.owner, self.alive = np.take_along_axis(owner, order, 1), ~np.take_along_axis(hidden, order, 1)
+        self.plain = bool(self.alive.all() and (self.owner == _count(self.length)).all())
+
+
+@lru_cache(64)
+def _count(numbers: int) -> np.ndarray:
+    return np.arange(numbers)
+
+
+@lru_cache(64)
+def _below(new: int) -> np.ndarray:
+    """Which tokens of a chain each one sees."""
+    return np.tri(new, dtype=bool)
 
 
 def _tensor(bits: Tensor, kind: ov.Type) -> ov.Tensor:

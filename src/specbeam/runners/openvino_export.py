@@ -20,6 +20,7 @@ import numpy as np
 import openvino as ov
 import torch
 from openvino import opset13 as ops
+from openvino.op import Constant
 from openvino.op.util import Variable, VariableInfo
 from torch import Tensor
 from transformers.cache_utils import Cache
@@ -87,6 +88,7 @@ def export(adapter: Adapter) -> ov.Model:
         warnings.simplefilter("ignore")  # the tracer's doubts about Python branches: the probe settles them
         model = ov.convert_model(traced, example_input=example)
     _make_stateful(model, [(tensor.shape[1], tensor.shape[3]) for tensor in past])
+    _merge(model)
     return model
 
 
@@ -128,6 +130,53 @@ def _make_stateful(model: ov.Model, shapes: Sequence[tuple[int, int]]) -> None:
     model.add_parameters([beam_idx])
     model.add_sinks(sinks)
     model.validate_nodes_and_infer_types()
+
+
+def _merge(model: ov.Model) -> None:
+    """Products of the same input as one: q, k and v; gate and up. The same numbers, a third fewer calls, and a gate's
+    activation is no longer computed within its product, whose kernel for that is the slower one (docs/log.md)."""
+    alike: dict[Any, list[tuple[Any, Any]]] = {}
+    for node in model.get_ordered_ops():
+        weight = node.input(1).get_source_output().get_node() if node.get_type_name() == "MatMul" else None
+        if weight is None or weight.get_type_name() != "Constant" or len(weight.get_output_shape(0)) != 2:
+            continue
+        given, how = node.input(0).get_source_output(), node.get_attributes()
+        if how["transpose_b"] and not how["transpose_a"]:
+            alike.setdefault((given.get_node().get_name(), given.get_index()), []).append((node, weight))
+    for group in [group for group in alike.values() if len(group) > 1]:
+        products: list[Any] = [node for node, _ in group]
+        weights = _joined([weight for _, weight in group])
+        merged: Any = ops.matmul(products[0].input(0).get_source_output(), weights, False, True)
+        sums = [_bias(node) for node in products]
+        if all(sums):
+            products, biases = [[pair[side] for pair in sums if pair] for side in (0, 1)]
+            merged = ops.add(merged, _joined(biases, -1))
+        parts = ops.variadic_split(merged, np.int64(-1), _whole(*(
+            node.get_output_partial_shape(0)[-1].get_length() for node in products)))
+        for number, node in enumerate(products):
+            for target in list(node.output(0).get_target_inputs()):
+                target.replace_source_output(parts.output(number))
+    model.validate_nodes_and_infer_types()
+
+
+def _bias(product: Any) -> tuple[Any, Any] | None:
+    """The sum with a constant that is all that becomes of a product, and the constant."""
+    [*targets] = product.output(0).get_target_inputs()
+    if len(targets) != 1 or targets[0].get_node().get_type_name() != "Add":
+        return None
+    for port in targets[0].get_node().inputs():
+        bias = port.get_source_output().get_node()
+        if bias.get_type_name() == "Constant" and bias.get_output_shape(0)[-1] == np.prod(bias.get_output_shape(0)):
+            return targets[0].get_node(), bias
+    return None
+
+
+def _joined(constants: Sequence[Any], axis: int = 0) -> Any:
+    """Of any type: `data` shows bfloat16 as float16 of the same bits, and so it goes back."""
+    bits = np.concatenate([one.data for one in constants], axis)
+    tensor = ov.Tensor(constants[0].get_output_element_type(0), list(bits.shape))
+    tensor.data[...] = bits
+    return Constant(tensor)
 
 
 def compress(model: ov.Model) -> None:

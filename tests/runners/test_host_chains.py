@@ -1,0 +1,128 @@
+"""Chains that are read on the host give the tokens and the rounds of the ordinary loops, whatever leaves or joins."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from reference import good_draft, model
+from test_chains import ROWS, SHAPING, plain, speculative
+from tiny import prompts
+
+import specbeam
+from specbeam.runners import choose
+from specbeam.runners.host_chains import HostChains
+
+backend = pytest.importorskip("specbeam.runners.openvino", reason="openvino is not installed")
+
+
+@pytest.fixture
+def on_host(monkeypatch):
+    """Runs models on OpenVINO, after what was run eagerly; how often a chain was read."""
+    made, reads, right = [], [], backend.StateSlots.read
+
+    def read(slots, tokens, *others):
+        reads.append(len(tokens[0]))
+        return right(slots, tokens, *others)
+
+    monkeypatch.setattr(backend.StateSlots, "read", read)
+
+    def use(*models):
+        made.extend(models)
+        assert [specbeam.use_runner(one, "openvino") for one in models] == ["openvino"] * len(models)
+        return reads
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield use
+    torch.set_num_threads(before)
+    for one in made:
+        choose.want_runner(one, "eager")
+
+
+def fell_back(caplog) -> list[str]:
+    return [record.message for record in caplog.records if record.name == "specbeam"]
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("shaping", SHAPING)
+@pytest.mark.parametrize("method", [plain, speculative])
+@pytest.mark.parametrize("name", ["llama", "mistral-window"])
+def test_the_tokens_are_those_of_the_eager_loops(name, method, shaping, rows, on_host, caplog):
+    target, draft, given = model(name), good_draft(name), prompts(ROWS[rows])
+    call = partial(method, target, draft, given, max_new_tokens=14, seed=5, **SHAPING[shaping])
+    wanted = call()
+    reads = on_host(target, draft)
+    found = call()
+    assert found.tokens == wanted.tokens and reads
+    for mine, eager in zip(found.trace, wanted.trace, strict=True):
+        assert [(one.drafted, one.accepted, one.committed, one.proposed) for one in mine.rounds] == [
+            (one.drafted, one.accepted, one.committed, one.proposed) for one in eager.rounds]
+        assert mine.sources == eager.sources
+    assert not fell_back(caplog)
+
+
+@pytest.mark.parametrize("method", [plain, speculative])
+@pytest.mark.parametrize("shaping", ["greedy", "greedy, penalty", "drawn, shaped"])
+@pytest.mark.parametrize("name", ["gpt2", "mistral-window", "gemma3"])
+def test_rows_that_end_and_join_change_nothing(name, shaping, method, on_host, monkeypatch, caplog):
+    monkeypatch.setattr(backend, "_SLACK", 2)  # the state is compacted again and again
+    target, draft, given = model(name), good_draft(name), prompts((5, 9, 12, 7, 6))
+    call = partial(method, target, draft, max_new_tokens=18, **SHAPING[shaping])
+    longest = max(call(given, seed=3).tokens, key=len)
+    end = longest[len(longest) // 2]
+    wanted = [call([row], eos_token_id=end, seed=3 + place).tokens[0] for place, row in enumerate(given)]
+    on_host(target, draft)
+    assert call(given, eos_token_id=end, seed=3, batch_size=2).tokens == wanted
+    assert call(given, eos_token_id=end, seed=3).tokens == wanted
+    assert not fell_back(caplog)
+
+
+@pytest.mark.parametrize("options", [
+    {"drafter": "prompt_lookup"}, {"drafter": "early_exit"}, {"drafter": "combined"}, {"draft_length": "auto"},
+    {"acceptance": "block", "temperature": 1.0}, {"confidence_threshold": 0.3}], ids=str)
+def test_every_way_to_propose_a_chain(options, on_host):
+    target, draft, given = model("llama"), good_draft("llama"), prompts((5, 19))
+    options = {"draft_length": 3, "max_new_tokens": 20, "seed": 2, **options}
+    if options["draft_length"] == "auto":  # what it learns decides how long its proposals are, not what is said
+        wanted = specbeam.greedy_generate(target, given, max_new_tokens=20).tokens
+    else:
+        wanted = specbeam.speculative_generate(target, draft, given, **options).tokens
+    on_host(target, draft)
+    for _ in range(2):
+        assert specbeam.speculative_generate(target, draft, given, **options).tokens == wanted
+
+
+def test_where_drafting_does_not_pay_steps_are_plain_ones_without_a_round_each(on_host, monkeypatch):
+    target, draft, given = model("llama"), good_draft("llama"), prompts((5, 9))
+    wanted = specbeam.greedy_generate(target, given, max_new_tokens=60).tokens
+    on_host(target, draft)
+    monkeypatch.setattr("specbeam.drafting.length._LATELY", 0.0)
+    monkeypatch.setattr("specbeam.drafting.length.Learned.paid", lambda self, net, rows: setattr(self, "left", 8))
+    steps, right = [], HostChains.step
+    monkeypatch.setattr(HostChains, "step", lambda self, *args: steps.append(1) or right(self, *args))
+    out = specbeam.speculative_generate(target, draft, given, draft_length="auto", max_new_tokens=60)
+    assert out.tokens == wanted
+    resting = [one for one in out.trace[0].rounds if one.why == "does not pay"]
+    assert len(steps) == len(resting) >= 8
+
+
+@pytest.mark.parametrize("fault", ["nothing dies", "everybody sees all"])
+def test_a_broken_mask_is_seen(fault, on_host, monkeypatch):
+    target, draft, given = model("llama"), good_draft("llama"), prompts(ROWS["ragged"])
+    wanted = speculative(target, draft, given, max_new_tokens=24).tokens
+    on_host(target, draft)
+    if fault == "nothing dies":
+        right = backend.StateSlots.read
+
+        def read(slots, *args):
+            slots.alive = np.ones_like(slots.alive)
+            slots.owner[:, : slots.length] = -1
+            return right(slots, *args)
+
+        monkeypatch.setattr(backend.StateSlots, "read", read)
+    else:
+        monkeypatch.setattr(backend, "_below", lambda new: np.ones((new, new), dtype=bool))
+    assert speculative(target, draft, given, max_new_tokens=24).tokens != wanted
