@@ -105,8 +105,8 @@ def test_where_drafting_does_not_pay_steps_are_plain_ones_without_a_round_each(o
     monkeypatch.setattr(HostChains, "step", lambda self, *args: steps.append(1) or right(self, *args))
     out = specbeam.speculative_generate(target, draft, given, draft_length="auto", max_new_tokens=60)
     assert out.tokens == wanted
-    resting = [one for one in out.trace[0].rounds if one.why == "does not pay"]
-    assert len(steps) == len(resting) >= 8
+    resting = [sum(one.why == "does not pay" for one in row.rounds) for row in out.trace]
+    assert len(steps) == max(resting) >= 8
 
 
 @pytest.mark.parametrize("fault", ["nothing dies", "everybody sees all"])

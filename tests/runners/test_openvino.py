@@ -114,12 +114,12 @@ def planted(monkeypatch, name, fault):
     monkeypatch.setattr(backend.StateSlots, name, fault)
 
 
-def forgotten_owner(slots, places):
-    slots.length += places.shape[1]
+def forgotten_owner(slots, places, wide):
+    slots.length += wide
 
 
-def nothing_dies(slots, places, right=backend.StateSlots._append):
-    right(slots, places)
+def nothing_dies(slots, places, wide, right=backend.StateSlots._append):
+    right(slots, places, wide)
     slots.alive[:, : slots.length] = True
 
 

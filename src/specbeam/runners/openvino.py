@@ -47,6 +47,7 @@ class _Requests:
 
     def __init__(self, model: ov.Model, kind: str):
         self.model, self.kind, self.threads = model, kind, threads()
+        self.shape, self.wasted = (0, 0), 0.0  # rows and tokens of the last forward; those in vain since it was chosen
         for unread in [one for one in model.get_parameters() if not one.output(0).get_target_inputs()]:
             model.remove_parameter(unread)  # `near` of a model without a window
         self.forget()
@@ -57,6 +58,23 @@ class _Requests:
         self.compiled = ov.Core().compile_model(self.model, "CPU", {
             "INFERENCE_PRECISION_HINT": self.kind, "KV_CACHE_PRECISION": self.kind, "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": self.threads, "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0})
+        weights = sum(np.prod(shape) for shape in (
+            node.get_output_shape(0) for node in self.model.get_ops() if node.get_type_name() == "Constant")
+            if len(shape) == 2)
+        # What a change of shape costs, in tokens: 2.5 µs a node, and 60 GFLOP/s a thread.
+        self.patience = 2.5e-6 * len(self.compiled.get_runtime_model().get_ops()) * 6e10 * self.threads / (2 * weights)
+
+    def width(self, rows: int, new: int) -> int:
+        """How many tokens a row the coming forward takes: as many as the last one, if it was little wider.
+
+        Another shape costs: every node prepares itself anew, which is a third of a small model's forward. Tokens in
+        vain are rented for as long as they cost less than that."""
+        wide = self.shape[1] if self.shape[0] == rows else 0
+        self.wasted += rows * (wide - new)
+        if wide <= new or self.wasted > self.patience:
+            wide, self.wasted = new, 0.0
+        self.shape = (rows, wide)
+        return wide
 
     def lend(self, borrower: StateSlots) -> Any:
         request = self.free.pop() if self.free else self.compiled.create_infer_request()
@@ -122,10 +140,10 @@ class StateSlots:
 
     def forward(self, tokens: Tensor, positions: Tensor, visible: Tensor, near: Tensor | None, keep: Tensor | None
                 ) -> Tensor:
-        new = tokens.shape[1]
+        rows, new = tokens.shape
         if self.length + new - self.view > _SLACK + self.view // 4:
             self._compact()
-        self._append(self.slots.numpy())
+        self._append(self.slots.numpy(), self.requests.width(rows, new))
         wanted = {"mask": visible, "near": visible if near is None else near}
         masks: dict[str, np.ndarray | None] = {
             name: self._seen(one.numpy()) for name, one in wanted.items() if name in self.inputs}
@@ -146,12 +164,11 @@ class StateSlots:
                 self._compact()
                 start = self.length
         positions: Any = [[*range(first, first + new)] for first in depth]
-        self._room(start + new)
-        self.owner[:, start : start + new], self.length = positions, start + new
+        self._grow(positions, self.requests.width(len(depth), new))
         masks: dict[str, np.ndarray | None] = {"mask": None}
         if new > 1 or not self.plain:
             seen = np.repeat(self.alive[:, None, : self.length], new, 1)
-            seen[:, :, start:] = _below(new)
+            seen[:, :, start : start + new] = _below(new)
             masks["mask"] = seen
         masks["near"] = masks["mask"]
         if window is not None and view > window:
@@ -164,17 +181,16 @@ class StateSlots:
     def _infer(self, tokens: Any, positions: Any, masks: dict[str, np.ndarray | None], keep: Any) -> np.ndarray:
         """tokens, positions: [rows, new]; masks: [rows, new, positions of the state] bool, None: all; keep: [rows,
         kept], None: all."""
-        rows, new = len(tokens), len(tokens[0])
-        key = (rows, new, keep is None)
+        rows, new, wide = len(tokens), len(tokens[0]), self.requests.shape[1]
+        key = (rows, wide, new if keep is None else 1)
         if key not in self.held:
-            shapes = {"tokens": (rows, new), "positions": (rows, new), "keep": (rows, new if keep is None else 1)}
-            arrays = {name: np.zeros(shape, dtype=np.int64) for name, shape in shapes.items()}
-            arrays["keep"] += _count(shapes["keep"][1])
+            arrays = {name: np.zeros(key[:2], dtype=np.int64) for name in ("tokens", "positions")}
+            arrays["keep"] = np.tile(_count(key[2]), (rows, 1))
             self.held[key] = {name: (array, ov.Tensor(array, shared_memory=True)) for name, array in arrays.items()}
         held = self.held[key]
-        held["tokens"][0][:], held["positions"][0][:] = tokens, positions
-        if keep is not None:
-            held["keep"][0][:] = keep
+        held["tokens"][0][:, :new], held["positions"][0][:, :new] = tokens, positions
+        if keep is not None or key[2] == 1:
+            held["keep"][0][:] = 0 if keep is None else keep
         if self.set != key:
             for name, (_, tensor) in held.items():
                 self.request.set_tensor(name, tensor)
@@ -183,8 +199,9 @@ class StateSlots:
         self.set, self.reordered, self.masks = key, False, []
         for name, seen in masks.items():
             if name in self.inputs:
-                added = (np.zeros((rows, 1, new, self.length), dtype=np.float32) if seen is None
-                         else _ADDED.take(seen.view(np.uint8))[:, None])
+                added = np.zeros((rows, 1, wide, self.length), dtype=np.float32)
+                if seen is not None:
+                    added[:, :, :new], added[:, :, new:] = _ADDED.take(seen.view(np.uint8))[:, None], _HIDDEN
                 self.masks.append(added)  # nobody else holds it
                 # As a tensor: an array OpenVINO's Python would look up, compare and wrap.
                 self.request.set_tensor(name, ov.Tensor(added, shared_memory=True))
@@ -212,15 +229,24 @@ class StateSlots:
             raise RuntimeError(f"the mask is {visible.shape[2]} positions wide and the state has {self.length}")
         return visible
 
-    def _append(self, slots: np.ndarray) -> None:
-        """The coming forward appends these slots [rows, new]: remember where, and that what they held is dead."""
-        start, new = self.length, slots.shape[1]
+    def _append(self, slots: np.ndarray, wide: int) -> None:
+        """The coming forward appends these slots [rows, new], and is `wide`: remember where, and that what they held is
+        dead."""
+        start = self.length
         if not (self.plain and self.span is not None and self.span.start == start):
             self.plain = False
             for column in slots.T if start else ():
                 self.alive[:, :start] &= self.owner[:, :start] != column[:, None]
-        self._room(start + new)
-        self.owner[:, start : start + new], self.length = slots, start + new
+        self._grow(slots, wide)
+
+    def _grow(self, slots: Any, wide: int) -> None:
+        """`wide` positions more, of which the first hold these slots [rows, new], and the others nothing."""
+        start, new = self.length, len(slots[0])
+        self.length = start + wide
+        self._room(self.length)
+        self.owner[:, start : start + new] = slots
+        if wide > new:
+            self.alive[:, start + new : self.length], self.plain = False, False
 
     def _room(self, length: int) -> None:
         if length > self.owner.shape[1]:
