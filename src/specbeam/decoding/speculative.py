@@ -135,11 +135,13 @@ def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
             continue
         length.keep_rows(batch.live)
         states = [batch.rows[row] for row in batch.live]
+        length.wide = 0 if chains is None else chains.wide
         # The last token of an answer is never worth a proposal behind it.
         limits = length.limits([min(settings.depth, state.remaining - 1) for state in states])
         if chains is not None and length.rest:
             steps = step_ahead(batch, chains, length.rest, length.why[0])
-            length.rested(steps, batch.clock.seconds(start, batch.clock.mark()))
+            length.rested([batch.clock.seconds(*span) for span in batch.phases["verify"][-steps:]],
+                          batch.clock.seconds(start, batch.clock.mark()))
             continue
         if max(limits):
             drafter = drafter or drafter_of(batch.live)
@@ -181,7 +183,7 @@ def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
         if length.auto:
             spans = [(start, drafted), (drafted, verified), (start, end)]
             length.round_done(proposal, paths, became, [batch.clock.seconds(*span) for span in spans],
-                              width)
+                              width, chains is not None and chains.changed)
         if drafter is None:
             continue
         if proposal is not None:
@@ -221,7 +223,7 @@ def _recorded(batch: Batch, chains: Any, drafter: Any, limits: list[int], length
         proposal = Proposal([row[2 : 2 + n] for row, n in zip(answers, counts, strict=True)],
                             [list(range(-1, n - 1)) for n in counts], None, [drafter.name] * len(texts),
                             list(length.why), forwards=ids.shape[1])
-    return (drafted, verified, ids.shape[1] + 1, proposal, [list(range(row[0])) for row in answers],
+    return (drafted, verified, chains.wide or ids.shape[1] + 1, proposal, [list(range(row[0])) for row in answers],
             [row[1] for row in answers])
 
 

@@ -37,14 +37,15 @@ from specbeam.placement import agreed
 UNKNOWN = 0.5  # the confidence of drafters that have none: they are judged by what was accepted so far
 _BUCKETS = 10
 _MEMORY = 0.995  # of what was accepted, per round: texts change
-_LATELY = 1 / 12  # weight of the newest token in the usual acceptance
+_LATELY = 1 / 24  # weight of the newest token in the usual acceptance
 _MOST_CREDIT = 2.0  # plain rounds of one row: what a text that has begun to go badly may cost
 _MOST_LOSS = 1.0  # that one round is charged with: it may have been slow for other reasons
 _TRY = 0.5  # credit of a try
 _SHORTEST_WAIT, _LONGEST_WAIT = 4, 64
 _ENOUGH = 3  # measurements of longer forwards: the first may be slow
 _CAUTIOUS = 2  # tokens that are proposed until then
-_CHECK = 64  # rounds with proposals until a plain one is measured again
+_MEASURED = 3  # plain rounds that are then measured
+_CHECK, _LATEST_CHECK = 32, 256  # rounds with proposals until plain ones are measured again, at first and at last
 
 
 def _recent() -> deque[float]:
@@ -53,12 +54,16 @@ def _recent() -> deque[float]:
 
 @dataclass(frozen=True)
 class Prices:
-    """In plain rounds: of a draft forward (or of looking up), and of one more token of every row in the target's
-    forward. rate: tokens per plain round and row, with proposals. What nobody knows is neither free nor dear."""
+    """In plain rounds: of one more draft forward (or of looking up), and of x more tokens of every row in the target's
+    forward, token · x + bend · x². rate: tokens per plain round and row, with proposals. change: of a target's forward
+    of another width than the last one's, where the runner keeps it (openvino.py). What nobody knows is neither free nor
+    dear."""
 
     draft: float = 0.1
     token: float = 0.05
     rate: float = 1.0
+    change: float = 0.0
+    bend: float = 0.0
 
 
 @dataclass
@@ -103,9 +108,12 @@ class Costs:
     plain: deque[float] = field(default_factory=_recent)  # seconds of a round without proposals
     round: deque[float] = field(default_factory=_recent)  # of one with
     tokens: deque[float] = field(default_factory=_recent)  # committed per row in one with
-    draft: deque[float] = field(default_factory=_recent)  # seconds per draft forward, or of looking up
+    # Forwards of the draft and their seconds, of a round; looking something up is one.
+    draft: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=32))
     verify: defaultdict[int, deque[float]] = field(default_factory=lambda: defaultdict(_recent))  # by new tokens
+    change: deque[float] = field(default_factory=_recent)  # what a forward took longer whose width was new
     unchecked: int = 0  # rounds with proposals since the last without
+    check: int = _CHECK  # when they are that many
     guess: Prices = Prices()  # where nothing was measured: at first the prices of the nearest number of rows
 
     @property
@@ -122,19 +130,37 @@ class Costs:
     def prices(self) -> Prices:
         """What was measured, and the guess where nothing was."""
         plain, draft, token, rate = median(self.plain), self.guess.draft, self.guess.token, self.guess.rate
+        change = max(0.0, median(self.change)) / plain if self.change else self.guess.change
         if self.draft:
-            draft = median(self.draft) / plain
-        if not self.few:  # a line through the plain forward
-            more = self.longer
-            token = max(0.0, sum(x * n * y for x, n, y in more) / sum(x * x * n for x, n, _ in more) / plain)
+            draft = self.drafting()[1] / plain
+        bend = self.guess.bend
+        if not self.few:
+            token, bend = (price / plain for price in curve(self.longer))
         if self.round:
             rate = sum(self.tokens) / sum(self.round) * plain
-        return Prices(draft, token, rate)
+        return Prices(draft, token, rate, change, bend)
+
+    def drafting(self) -> tuple[float, float]:
+        """Seconds of a round's first draft forward, and of each more. The first is the dearer one: the target's weights
+        went through the caches before it. As a line through what was measured at several numbers of them."""
+        found: dict[int, list[float]] = defaultdict(list)
+        for steps, seconds in self.draft:
+            found[steps].append(seconds)
+        points = [(steps, len(some), median(some)) for steps, some in found.items()]
+        count = sum(n for _, n, _ in points)
+        x, y = (sum(n * one[place] for n, one in ((point[1], point) for point in points)) / count for place in (0, 2))
+        spread = sum(n * (steps - x) ** 2 for steps, n, _ in points)
+        if not spread:
+            return y / x, y / x
+        each = sum(n * (steps - x) * (seconds - y) for steps, n, seconds in points) / spread
+        each = min(max(each, 0.0), y / x)
+        return y - (x - 1) * each, each
 
     def usual(self, steps: int, new: int) -> float:
         """Plain rounds that one with so many draft steps and new tokens takes, as they mostly do."""
-        draft = steps * median(self.draft) if steps else 0.0
-        more = median(self.verify[new]) - median(self.verify[1]) if new > 1 else 0.0
+        first, more_each = self.drafting() if steps else (0.0, 0.0)
+        draft = first + (steps - 1) * more_each
+        more = median(self.verify[new]) - median(self.verify[1]) if new > 1 and self.verify.get(new) else 0.0
         return 1 + (draft + more) / median(self.plain)
 
     def forget(self) -> None:
@@ -172,6 +198,7 @@ class Length:
         self.why = [""] * rows
         self.prices, self.stale, self.frozen = Prices(), False, bool(settings.costs)
         self.rest = 0  # plain rounds from here on that need no more thought
+        self.wide = self.column = 0  # tokens of the target's last forward (0: any is as good), and proposed in this one
         if settings.costs:
             self.learned, self.prices = read_costs(settings.costs)
         elif self.auto:
@@ -199,13 +226,15 @@ class Length:
 
     def limits(self, most: Sequence[int]) -> list[int]:
         """How deep each row may propose in this round; 0: decode plainly."""
-        self.rest = 0
+        self.rest = self.column = 0
         self.reach, self.why = [1.0] * len(most), ["length" if n == self.settings.depth else "end of answer"
                                                   for n in most]
         if not self.auto:
             return list(most)
-        if not self.frozen and (len(self.costs.plain) < 2 or self.costs.unchecked >= _CHECK):
-            self.why = ["measuring plain"] * len(most)
+        if not self.frozen and (len(self.costs.plain) < 2 or self.costs.unchecked >= self.costs.check):
+            self.why, self.rest = ["measuring plain"] * len(most), _MEASURED
+            if self.costs.plain:
+                self.costs.check = min(2 * self.costs.check, _LATEST_CHECK)
         elif self.idle:
             self.why = ["does not pay"] * len(most)
             self.rest = _LONGEST_WAIT if self.frozen else self.learned.left
@@ -217,13 +246,17 @@ class Length:
             return list(most)
         return [0] * len(most)
 
-    def rested(self, rounds: int, seconds: float) -> None:
-        """So many of the `rest` were taken, in so many seconds."""
-        if not self.frozen:
-            self.learned.left -= rounds - 1  # `limits` counted one
-            each = agreed([seconds / rounds], self.target)[0]
-            self.costs.plain.append(each)
-            self.costs.unchecked = 0
+    def rested(self, steps: Sequence[float], seconds: float) -> None:
+        """Some of the `rest` were taken, as plain steps: seconds of each one's forward, and of them all."""
+        if self.frozen:
+            return
+        if self.why[0] == "does not pay":
+            self.learned.left -= len(steps) - 1  # `limits` counted one
+        beside = (seconds - sum(steps)) / len(steps)
+        for step in agreed(steps[1:] or steps, self.target):  # the first may be of another width than the one before
+            self.costs.verify[1].append(step)
+            self.costs.plain.append(step + beside)
+        self.costs.unchecked = 0
 
     def proposes(self, wanted: Sequence[bool], confidence: Sequence[float]) -> list[bool]:
         """Which of the `wanted` rows propose the token after their prefix, given the draft's largest probability
@@ -235,24 +268,26 @@ class Length:
         elif self.auto:
             for row in rows:
                 self.reach[row] *= self.learned.acceptance(confidence[row])
-            self._price()
-            kept = self._worth({row: self.reach[row] for row in rows}, self.prices.token)
+            self.column += 1
+            kept = self._worth({row: self.reach[row] for row in rows}, self._price(self.column))
         else:
             return list(wanted)
         return [row in kept for row in range(len(wanted))]
 
-    def _price(self) -> None:
-        """Once a round, and only where something may be proposed: it takes a tenth of a millisecond."""
+    def _price(self, column: int) -> float:
+        """Of the target's reading a proposal's token at this place, the first is 1. Prices are worked out once a round,
+        and only where something may be proposed: it takes a tenth of a millisecond."""
         if self.stale:
             self.prices, self.stale = self.costs.prices(), False
+        grows = column == self.wide and not self.frozen  # the forward reads the last text's token too
+        return self.prices.token + self.prices.bend * (2 * column - 1) + self.prices.change * grows
 
     def reads_on(self, wanted: Sequence[bool]) -> list[bool]:
         """Which of the `wanted` rows another draft forward is worth its time for, before its outcome is known."""
         if not self.auto:
             return list(wanted)
-        self._price()
-        kept = self._worth({row: self.reach[row] * self.learned.usual for row, here in enumerate(wanted) if here},
-                           self.prices.token + self.prices.draft)
+        gains = {row: self.reach[row] * self.learned.usual for row, here in enumerate(wanted) if here}
+        kept = self._worth(gains, self._price(self.column + 1) + self.prices.draft)
         return [row in kept for row in range(len(wanted))]
 
     def _worth(self, gains: dict[int, float], cost: float) -> set[int]:
@@ -273,7 +308,6 @@ class Length:
         """Cut proposals that were not drawn to what pays: each of their tokens is a function of its prefix."""
         if not self.auto or proposal.q is not None or not any(proposal.tokens):
             return proposal
-        self._price()
         chances: list[list[float]] = []
         for row, above in enumerate(proposal.parents):
             sure = proposal.confidence[row] if proposal.confidence else [UNKNOWN] * len(above)
@@ -287,7 +321,7 @@ class Length:
         rows = set(range(len(best)))
         for column in range(max(map(len, best))):
             rows = self._worth({row: chances[row][best[row][column]] for row in rows if column < len(best[row])},
-                               self.prices.token)
+                               self._price(column + 1))
             for row in rows:
                 kept[row].append(best[row][column])
         tokens, parents = [], []
@@ -298,22 +332,26 @@ class Length:
         return replace(proposal, tokens=tokens, parents=parents, why=list(self.why))
 
     def round_done(self, proposal: Proposal | None, paths: Sequence[Sequence[int]], committed: Sequence[int],
-                   seconds: Sequence[float], new: int) -> None:
-        """Learn from a round. seconds: of drafting, of the target's forward, of the whole round; new: the longest
-        row's tokens in the target's forward."""
+                   seconds: Sequence[float], new: int, changed: bool = False) -> None:
+        """Learn from a round. seconds: of drafting, of the target's forward, of the whole round; new: tokens of a row
+        in the target's forward; changed: they were not as many in the one before."""
         if not self.auto or self.frozen:
             return
         costs, learned = self.costs, self.learned
         draft, verify, whole = agreed(seconds, self.target)
-        costs.verify[new].append(verify)
+        if changed and len(costs.verify[new]) >= _ENOUGH:
+            costs.change.append(verify - median(costs.verify[new]))
+        if not changed or len(costs.verify[new]) < _ENOUGH:
+            costs.verify[new].append(verify)
         if proposal is None:
-            costs.plain.append(whole)
+            if not changed or len(costs.plain) < 2:
+                costs.plain.append(whole)
             costs.unchecked = 0
             return
         costs.unchecked += 1
         steps = proposal.forwards or int(self.looks_up)  # looking something up is a step too
         if steps:
-            costs.draft.append(draft / steps)
+            costs.draft.append((steps, draft))
         learned.tried, learned.kept = ([_MEMORY * n for n in counts] for counts in (learned.tried, learned.kept))
         for row, ids in enumerate(proposal.tokens):
             sure = proposal.confidence[row] if proposal.confidence else [UNKNOWN] * len(ids)
@@ -335,6 +373,20 @@ class Length:
             behind = spread * sqrt(2 * log(len(committed)) * tokens / self.room)
             tokens -= (1 - min(1.0, self.prices.token)) * behind
         learned.paid(tokens - costs.usual(steps, new), len(committed))
+
+
+def curve(points: Sequence[tuple[int, int, float]]) -> tuple[float, float]:
+    """a and b of a x + b x², least squares over (x, how often measured, y), neither below 0: the first tokens more are
+    nearly free where a forward waits for memory, the later ones are not."""
+    xx, xxx, xxxx, xy, xxy = (sum(n * x**p * y**q for x, n, y in points) for p, q in (
+        (2, 0), (3, 0), (4, 0), (1, 1), (2, 1)))
+    whole = xx * xxxx - xxx * xxx
+    a, b = xy / xx, 0.0
+    if whole > 1e-9 * xx * xxxx and xxy * xx > xy * xxx:  # else it does not bend upwards, or was seen at one x only
+        a, b = (xy * xxxx - xxy * xxx) / whole, (xxy * xx - xy * xxx) / whole
+        if a < 0:
+            a, b = 0.0, xxy / xxxx
+    return max(0.0, a), max(0.0, b)
 
 
 def read_costs(path: str) -> tuple[Learned, Prices]:

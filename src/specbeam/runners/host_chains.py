@@ -31,21 +31,31 @@ class HostChains:
         """Rows left or joined, or something else read into the tree."""
         self.texts: list[list[int]] | None = None
 
-    def read(self, tokens: Sequence[Sequence[int]], depth: Sequence[int], keep: Sequence[int] | None = None
-             ) -> np.ndarray:
+    @property
+    def wide(self) -> int:
+        """Tokens of a row in the last forward; 0: of other rows."""
+        return self.tree.cache.wide
+
+    @property
+    def changed(self) -> bool:
+        """Whether they were not as many in the one before."""
+        return self.tree.cache.requests.changed
+
+    def read(self, tokens: Sequence[Sequence[int]], depth: Sequence[int], keep: Sequence[int] | None = None,
+             exact: bool = False) -> np.ndarray:
         """Logits [rows, new, vocabulary] ([rows, 1, …] of the tokens `keep` [rows]) of tokens [rows, new] behind each
-        row's first `depth` [rows]; until the next forward."""
+        row's first `depth` [rows]; until the next forward. exact: never wider than that."""
         adapter = self.tree.adapter
         self.tree.reach(max(depth) + len(tokens[0]))
         highest = adapter.context - 1 if adapter.absolute and adapter.context is not None else None
-        return self.tree.cache.read(tokens, depth, highest, adapter.window, keep)
+        return self.tree.cache.read(tokens, depth, highest, adapter.window, keep, exact)
 
     def step(self, high: int, texts: Sequence[list[int]], uniform: Tensor | None) -> Callable[[], list[int]]:
         """A plain step; texts are looked at after `forget`. uniform: [rows] fp64, when it draws."""
         if self.texts is None:
             self.texts = [list(text) for text in texts]
         mine = self.texts
-        logits = self.read([text[-1:] for text in mine], [len(text) - 1 for text in mine])
+        logits = self.read([text[-1:] for text in mine], [len(text) - 1 for text in mine], exact=True)
         if self.numbers:
             tokens = logits[:, 0].argmax(-1).tolist()
         else:

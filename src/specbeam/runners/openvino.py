@@ -47,6 +47,7 @@ class _Requests:
 
     def __init__(self, model: ov.Model, kind: str):
         self.model, self.kind, self.threads = model, kind, threads()
+        self.changed = False
         self.shape, self.wasted = (0, 0), 0.0  # rows and tokens of the last forward; those in vain since it was chosen
         for unread in [one for one in model.get_parameters() if not one.output(0).get_target_inputs()]:
             model.remove_parameter(unread)  # `near` of a model without a window
@@ -61,19 +62,20 @@ class _Requests:
         weights = sum(np.prod(shape) for shape in (
             node.get_output_shape(0) for node in self.model.get_ops() if node.get_type_name() == "Constant")
             if len(shape) == 2)
-        # What a change of shape costs, in tokens: 2.5 µs a node, and 60 GFLOP/s a thread.
-        self.patience = 2.5e-6 * len(self.compiled.get_runtime_model().get_ops()) * 6e10 * self.threads / (2 * weights)
+        # What a change of shape and the way back cost, 2.5 µs a node each, in tokens at 60 GFLOP/s a thread.
+        nodes = len(self.compiled.get_runtime_model().get_ops())
+        self.patience = 2 * 2.5e-6 * nodes * 6e10 * self.threads / (2 * weights)
 
-    def width(self, rows: int, new: int) -> int:
+    def width(self, rows: int, new: int, exact: bool = False) -> int:
         """How many tokens a row the coming forward takes: as many as the last one, if it was little wider.
 
         Another shape costs: every node prepares itself anew, which is a third of a small model's forward. Tokens in
         vain are rented for as long as they cost less than that."""
         wide = self.shape[1] if self.shape[0] == rows else 0
         self.wasted += rows * (wide - new)
-        if wide <= new or self.wasted > self.patience:
+        if wide <= new or exact or self.wasted > self.patience:
             wide, self.wasted = new, 0.0
-        self.shape = (rows, wide)
+        self.changed, self.shape = (rows, wide) != self.shape, (rows, wide)
         return wide
 
     def lend(self, borrower: StateSlots) -> Any:
@@ -107,6 +109,12 @@ class StateSlots:
         self.set: tuple[int, int, int] | None = None  # which of them the request has
         self.masks: list[np.ndarray] = []
         self._in_order(rows)
+
+    @property
+    def wide(self) -> int:
+        """Tokens of a row in the last forward; 0: it had other rows."""
+        rows, wide = self.requests.shape
+        return wide if rows == len(self.order) else 0
 
     def resize(self, capacity: int) -> None:
         self.capacity = capacity
@@ -152,10 +160,11 @@ class StateSlots:
         return torch.from_numpy(logits.copy())  # its memory is the next forward's too
 
     def read(self, tokens: Sequence[Sequence[int]], depth: Sequence[int], highest: int | None, window: int | None,
-             keep: Sequence[int] | None) -> np.ndarray:
+             keep: Sequence[int] | None, exact: bool) -> np.ndarray:
         """A chain in each row, where slot i is position i: tokens [rows, new] behind the row's first `depth` [rows];
         what it held beyond them is dead. highest: of the positions that exist; keep: [rows], the one token of each row
-        whose logits are wanted. Logits [rows, new or 1, vocabulary], until the next forward."""
+        whose logits are wanted; exact: not wider than that. Logits [rows, new or 1, vocabulary], until the next
+        forward."""
         start, new, view = self.length, len(tokens[0]), max(depth) + len(tokens[0])
         if not (self.plain and view == start + new and min(depth) == start):
             self.plain = False
@@ -164,7 +173,7 @@ class StateSlots:
                 self._compact()
                 start = self.length
         positions: Any = [[*range(first, first + new)] for first in depth]
-        self._grow(positions, self.requests.width(len(depth), new))
+        self._grow(positions, self.requests.width(len(depth), new, exact))
         masks: dict[str, np.ndarray | None] = {"mask": None}
         if new > 1 or not self.plain:
             seen = np.repeat(self.alive[:, None, : self.length], new, 1)
