@@ -1,11 +1,13 @@
 """Attention of one new token of one row over the slots: norms of the heads, rotary embedding and the new slot included.
 
 What an earlier step wrote is fetched before the kernel before this one has ended (see matvec.py); the new key and value
-come from that kernel and count apart from the others; they are written to their slot beside. An earlier step has ended then,
-since what stands between two steps (the choice of a token) begins and ends as ordinary kernels do.
+come from that kernel, count apart from the others, and are written to their slot beside. An earlier step has ended
+then, since what stands between two steps (the choice of a token) begins and ends as ordinary kernels do.
 """
 
 from __future__ import annotations
+
+from typing import Any, cast
 
 import torch
 import triton
@@ -14,32 +16,31 @@ from torch import Tensor
 
 from specbeam.runners import attention as of_many
 from specbeam.runners.matvec import early
+
 _PROGRAMS, _MOST_SLOTS = 128, 256
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, plus: bool,
            cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slot: Tensor, view: int, mask: Tensor, scale: float,
-           ahead: bool, block: int | None = None, warps: int | None = None) -> Tensor:
+           ahead: bool) -> Tensor:
     """What fuse.py's `attend` says, on a GPU."""
     dim, key_heads = keys.shape[3], keys.shape[1]
     heads = q.numel() // dim
     wide = triton.next_power_of_2(dim)
     # Slots that a program looks at at a time: 32 KiB of keys. The slots are shared out among the programs.
-    block = block or min(_MOST_SLOTS, max(16, 32768 // (wide * keys.element_size())))
+    block = min(_MOST_SLOTS, max(16, 32768 // (wide * keys.element_size())))
     blocks = triton.cdiv(view, block)
     share = triton.cdiv(blocks, min(blocks, max(1, _PROGRAMS // key_heads))) * block
     parts = triton.cdiv(view, share)
     output = q.new_empty(1, 1, heads, dim)
     found = q.new_empty(parts, 2, heads, dim, dtype=torch.float32) if parts > 1 else output
     pdl = {"launch_pdl": True} if early(q.device) else {}
-    warps = warps or (8 if block * wide >= 8192 else 4)
     _attend_one[(key_heads, parts)](
         q, k, v, q if q_norm is None else q_norm, q if k_norm is None else k_norm, cos, sin, keys, values, slot, mask,
-        found, output, keys.stride(1), keys.stride(2), values.stride(1), values.stride(2), eps,
-        PARTS=parts, SCALE=scale, SLOTS=view,
-        SHARE=share, GROUP=heads // key_heads, DIM=dim, WIDE=wide, ROWS=max(16, triton.next_power_of_2(
-            heads // key_heads)), BLOCK=block, NORM=q_norm is not None, PLUS=plus, EARLY=ahead, PDL=bool(pdl),
-        num_warps=warps, num_stages=2, **pdl)
+        found, output, keys.stride(1), keys.stride(2), values.stride(1), values.stride(2), eps, PARTS=parts,
+        SCALE=scale, SLOTS=view, SHARE=share, GROUP=heads // key_heads, DIM=dim, WIDE=wide,
+        ROWS=max(16, triton.next_power_of_2(heads // key_heads)), BLOCK=block, NORM=q_norm is not None, PLUS=plus,
+        EARLY=ahead, PDL=bool(pdl), num_warps=8 if block * wide >= 8192 else 4, num_stages=2, **pdl)
     if parts > 1:
         _join_parts[(heads,)](found, output, PARTS=parts, MOST=triton.next_power_of_2(parts), HEADS=heads, DIM=dim,
                               WIDE=wide, EARLY=ahead, PDL=bool(pdl), num_warps=1, **pdl)
@@ -47,7 +48,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Tenso
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
-    return of_many.attend(None, query, key, value, mask, scaling=scale)[0]
+    """What fuse.py's `attention` says, on a GPU."""
+    return of_many.attend(cast(Any, None), query, key, value, mask, scaling=scale)[0]
 
 
 @triton.jit
@@ -76,10 +78,10 @@ def _weighed(x, scale, weight, PLUS: tl.constexpr):
 
 
 @triton.jit
-def _attend_one(q, k, v, q_norm, k_norm, cos, sin, keys, values, slot, mask, found, output, k_head,
-                k_slot, v_head, v_slot, eps, PARTS: tl.constexpr, SCALE: tl.constexpr, SLOTS: tl.constexpr, SHARE: tl.constexpr, GROUP: tl.constexpr,
-                DIM: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr,
-                PLUS: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr):
+def _attend_one(q, k, v, q_norm, k_norm, cos, sin, keys, values, slot, mask, found, output, k_head, k_slot, v_head,
+                v_slot, eps, PARTS: tl.constexpr, SCALE: tl.constexpr, SLOTS: tl.constexpr, SHARE: tl.constexpr,
+                GROUP: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+                NORM: tl.constexpr, PLUS: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr):
     head, part = tl.program_id(0), tl.program_id(1)
     lane, dim, member = tl.arange(0, BLOCK), tl.arange(0, WIDE)[None], tl.arange(0, ROWS)[:, None]
     first = part * SHARE

@@ -58,7 +58,8 @@ class Shape:
         return cls(keys.pop(), samples, history, processors[0]) if len(keys) == 1 else None
 
     def scores(self, logits: Tensor, texts: Tensor | None, positions: Tensor) -> Tensor:
-        """[rows, new, vocabulary] fp32 (as they are, if only the largest is asked for). texts: [rows, view], by position; a node's text ends at its own."""
+        """[rows, new, vocabulary], fp32 unless only the largest is asked for. texts: [rows, view], by position; a
+        node's text ends at its own."""
         scores = logits.float() if self.samples or self.processors else logits
         if not self.processors:
             return scores
@@ -210,7 +211,9 @@ def _read(adapter: Adapter, slots: Any, view: int, tokens: Tensor, depth: Tensor
     if adapter.absolute and adapter.context is not None:  # behind the end of an answer
         legal = positions.clamp(max=adapter.context - 1)
     keep = None if lengths is None else lengths - 1
-    logits = EAGER.forward(adapter, slots, tokens.clamp(min=0), legal, visible, near, keep)
+    if tokens.shape[1] > 1:  # what is proposed may be nothing
+        tokens = tokens.clamp(min=0)
+    logits = EAGER.forward(adapter, slots, tokens, legal, visible, near, keep)
     if keep is not None:
         positions = positions.gather(1, keep[:, None])
     return logits, positions

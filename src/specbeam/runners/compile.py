@@ -50,7 +50,8 @@ def by_layer(adapter: Adapter, backend: str, options: dict[str, Any] | None, rec
     """The runner that compiles one decoder layer for all."""
     norms = fuse.norms(_layers(adapter.model))
     compiled = partial(torch.compile, fullgraph=True, dynamic=False)
-    ways = Layers(compiled(_run, backend=_fusing(backend), options=options), compiled(_run_more, backend=backend), norms)
+    one, more = compiled(_run, backend=_fusing(backend), options=options), compiled(_run_more, backend=backend)
+    ways = Layers(one, more, norms)
     return graph.runner("compile", record, ways, *([graph.own_attention] if record else []))
 
 

@@ -2,15 +2,17 @@
 
 Compiled or not, such a layer is a dozen small kernels, and each begins when the one before it has ended. Here products
 of one input become one operation that takes along the norm before it, the gate's activation and the sum behind it; and
-rotary embedding, the new slot and attention become another. On a GPU each is one or two kernels that read weights before
-it is their turn (matvec.py, attend_one.py). What is not as expected stays as it was, node by node.
+rotary embedding, the new slot and attention become another. On a GPU each is one or two kernels that read weights
+before it is their turn (matvec.py, attend_one.py). What is not as expected stays as it was, node by node.
 
 The operations, of one row each:
 linear, norm: nn.Linear and RMSNorm (plus: times 1 + weight), as they are traced; taken apart again where they stay.
 product: concatenated (or, with `act`, act(first) · second) weights · norm(x); with `post` and `residual`, x is
     residual + post-norm(x) first, which then follows in the same tensor; `added` is added at the end.
 attend: of heads q, k, v [1, 1, heads · dim], normed and turned, over the slots with the new one, which is written.
-join: residual + norm(x). ahead: what comes next waits before it reads anything, so that it may begin at once.
+attention: the same of what is turned and written already, [1, heads, 1, dim].
+join: residual + norm(x).
+ahead: what comes next waits before it reads any result, so that it may begin before this one's turn has come.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._inductor.test_operators  # realize
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
@@ -35,16 +38,16 @@ library.define("join(Tensor x, Tensor weight, Tensor residual, float eps, bool p
 library.define("attention(Tensor query, Tensor key, Tensor value, Tensor mask, float scale) -> Tensor")
 ops = torch.ops.specbeam
 
+Node = Any  # an fx.Node: what its arguments are is known here, not to mypy
 MOST_WEIGHTS = 3
 _ACTIVATIONS: dict[Any, str] = {functional.silu: "silu", functional.relu: "relu", torch._C._nn.gelu: "gelu"}
+_DTYPES = {torch.bfloat16, torch.float16, torch.float32}
 _VIEWS = {"view", "reshape", "transpose", "contiguous", "unsqueeze"}
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """As inductor runs one row fastest: the input computed once, not again for every output, and a bias added to the
     sum in its kernel instead of choosing a library's."""
-    import torch._inductor.test_operators  # realize
-
     output = functional.linear(torch.ops._inductor_test.realize(x), weight)
     return output if bias is None else output + bias
 
@@ -101,8 +104,7 @@ def _on_gpu(name: str) -> Callable[..., Tensor]:
     def call(*args: Any) -> Tensor:
         from specbeam.runners import attend_one, matvec
 
-        return {"product": matvec.product, "join": matvec.join, "attend": attend_one.attend,
-                "attention": attend_one.attention}[name](*args)
+        return getattr(matvec if name in ("product", "join") else attend_one, name)(*args)
     return call
 
 
@@ -148,7 +150,7 @@ class Head(Product):
 
     def forward(self, input: Tensor) -> Tensor:
         if (input.numel() != self.in_features or self.in_features % 8 or self.out_features % 8
-                or input.dtype != self.weight.dtype):
+                or input.dtype != self.weight.dtype or input.dtype not in _DTYPES):
             return nn.Linear.forward(self, input)
         return ops.product.default(input, None, None, None, 0.0, False, [self.weight], [self.bias], "", None, False)
 
@@ -176,11 +178,11 @@ def norms(layers: list[Any]) -> dict[type, type]:
     found: dict[type, type] = {}
     parts = [part for layer in layers for part in layer.modules() if "RMSNorm" in type(part).__name__]
     for part in parts:
-        kind, weight = type(part), getattr(part, "weight", None)
+        kind, weight = type(part), dict(part.named_parameters()).get("weight")
         if found.get(kind, Norm) is nn.Module:
             continue
         same: type = nn.Module
-        if ([*dict(part.named_parameters())] == ["weight"] and weight.dim() == 1
+        if (weight is not None and weight.dim() == 1 and len([*part.parameters()]) == 1
                 and isinstance(getattr(part, "variance_epsilon", getattr(part, "eps", None)), float)):
             x = torch.linspace(-3, 2, len(weight), device=weight.device).to(weight.dtype)[None]
             for known in (Norm, PlusNorm):
@@ -205,28 +207,32 @@ def attend(before: Callable[..., Any]) -> Callable[..., Any]:
 
 def fuse(graph: fx.Graph) -> None:
     """In place. The graph: of one layer, as dynamo traced it."""
-    for node in [one for one in graph.nodes if one.target is ops.attention.default]:
+    for node in [one for one in _nodes(graph) if one.target is ops.attention.default]:
         _fuse_attention(graph, node)
     _erase_dead(graph)
-    done: set[fx.Node] = set()
-    for node in [one for one in graph.nodes if one.target is ops.linear.default]:
+    done: set[Node] = set()
+    for node in [one for one in _nodes(graph) if one.target is ops.linear.default]:
         if node in done:
             continue
         group = [one for one in node.args[0].users if one.target is ops.linear.default]
         done.update(group)
         _fuse_products(graph, group)
     _erase_dead(graph)
-    for node in [one for one in graph.nodes if _is(one, operator.add)]:
+    for node in [one for one in _nodes(graph) if _is(one, operator.add)]:
         _fuse_join(graph, node)
     _erase_dead(graph)
     if all(_is_ours(node) for node in graph.nodes):
-        for node in graph.nodes:
+        for node in _nodes(graph):
             if _is_ours(node, views=False):
                 node.args = (*node.args[:-1], True)
     graph.lint()
 
 
-def _is_ours(node: fx.Node, views: bool = True) -> bool:
+def _nodes(graph: fx.Graph) -> list[Node]:
+    return list(graph.nodes)
+
+
+def _is_ours(node: Node, views: bool = True) -> bool:
     if node.target in (ops.product.default, ops.attend.default, ops.join.default):
         return True
     return views and (node.op in ("placeholder", "output") or _is(node, operator.getitem)
@@ -243,37 +249,41 @@ def _value(node: Any) -> Any:
     return node.meta.get("example_value")
 
 
-def _only(node: fx.Node, *users: fx.Node) -> bool:
+def _only(node: Node, *users: Node) -> bool:
     return set(node.users) == set(users)
 
 
 def _erase_dead(graph: fx.Graph) -> None:
     """What only reads and is not read itself."""
-    for node in reversed(graph.nodes):
-        pure = (_is_ours(node) or _is(node, torch.cat) or _is(node, operator.neg) or _is(node, operator.mul)
-                or _is(node, operator.add) or node.target in (ops.norm.default, ops.linear.default, *_ACTIVATIONS))
-        if not node.users and pure and node.op not in ("placeholder", "output") and node.target is not ops.attend.default:
+    for node in reversed(_nodes(graph)):
+        pure = ((_is_ours(node) and node.target is not ops.attend.default) or _is(node, operator.add)
+                or _is(node, operator.mul)
+                or node.target in (torch.cat, operator.neg, ops.norm.default, ops.linear.default, *_ACTIVATIONS))
+        if not node.users and pure and node.op not in ("placeholder", "output"):
             graph.erase_node(node)
 
 
-def _fuse_products(graph: fx.Graph, group: list[fx.Node]) -> None:
+def _fuse_products(graph: fx.Graph, group: list[Node]) -> None:
     x: Any = group[0].args[0]
     weights, biases = [node.args[1] for node in group], [node.args[2] for node in group]
     shapes, columns = [_value(weight).shape for weight in weights], _value(weights[0]).shape[1]
-    if (len(group) > MOST_WEIGHTS or columns % 8 or any(shape[0] % 8 for shape in shapes)
+    if (len(group) > MOST_WEIGHTS or _value(x).dtype not in _DTYPES
+            or columns % 8 or any(shape[0] % 8 for shape in shapes)
             or any(_value(one).dtype != _value(x).dtype for one in (*weights, *biases) if one is not None)
             or any(one.op != "placeholder" for one in (*weights, *biases) if one is not None)):
         return
     before: tuple = (x, None, None, None, 0.0, False)
     hidden: Any = None
-    if x.target is ops.norm.default and _value(x.args[1]).numel() == columns and x.args[1].op == "placeholder":
+    if (x.target is ops.norm.default and _value(x.args[1]).numel() == columns and x.args[1].op == "placeholder"
+            and _value(x.args[1]).dtype == _value(x.args[0]).dtype == _value(x).dtype):
         hidden, weight, eps, plus = x.args
         before = (hidden, None, None, weight, eps, plus)
         if _is(hidden, operator.add):
             residual, normed = hidden.args
             if (getattr(normed, "target", None) is ops.norm.default and normed.args[2:] == (eps, plus)
                     and _only(normed, hidden) and _value(residual).shape == _value(normed).shape
-                    and normed.args[1].op == "placeholder"):
+                    and normed.args[1].op == "placeholder"
+                    and _value(normed.args[1]).dtype == _value(residual).dtype == _value(x).dtype):
                 before = (normed.args[0], normed.args[1], residual, weight, eps, plus)
     act, ends, added = "", group, None
     if len(group) == 2 and shapes[0] == shapes[1] and (gated := _gate(*group)):
@@ -283,7 +293,8 @@ def _fuse_products(graph: fx.Graph, group: list[fx.Node]) -> None:
         [last] = group[0].users
         if _is(last, operator.add) and last.args[0] is not last.args[1]:
             other = last.args[0] if last.args[1] is group[0] else last.args[1]
-            if isinstance(other, fx.Node) and _value(other).shape == _value(last).shape == _value(group[0]).shape:
+            if (isinstance(other, fx.Node) and _value(other).dtype == _value(last).dtype
+                    and _value(other).shape == _value(last).shape == _value(group[0]).shape):
                 added, ends = other, [last]
     at = ends[0] if before[1] is None else group[0]
     if before[1] is not None and added is not None:
@@ -303,13 +314,14 @@ def _fuse_products(graph: fx.Graph, group: list[fx.Node]) -> None:
     made.meta["example_value"] = _value(ends[0]) if len(ends) == 1 and before[1] is None else None
 
 
-def _slice(graph: fx.Graph, node: fx.Node, start: int, stop: int, like: Any) -> fx.Node:
-    part = graph.call_function(operator.getitem, (node, (Ellipsis, slice(start, stop))))
+def _slice(graph: fx.Graph, node: Node, start: int, stop: int, like: Any) -> Node:
+    place: Any = (Ellipsis, slice(start, stop))
+    part = graph.call_function(operator.getitem, (node, place))
     part.meta["example_value"] = like
     return part
 
 
-def _gate(a: fx.Node, b: fx.Node) -> tuple[str, list[fx.Node], fx.Node] | None:
+def _gate(a: Node, b: Node) -> tuple[str, list[Node], Node] | None:
     """act(gate) · up: the activation's name, the two in that order, and the product."""
     for gate, up in ((a, b), (b, a)):
         if len(gate.users) != 1 or len(up.users) != 1:
@@ -325,14 +337,14 @@ def _gate(a: fx.Node, b: fx.Node) -> tuple[str, list[fx.Node], fx.Node] | None:
     return None
 
 
-def _fuse_join(graph: fx.Graph, node: fx.Node) -> None:
+def _fuse_join(graph: fx.Graph, node: Node) -> None:
     """residual + norm(x), where no product took it along."""
     residual, normed = node.args
     if (getattr(normed, "target", None) is not ops.norm.default or not _only(normed, node)
             or not isinstance(residual, fx.Node) or _value(normed) is None
             or _value(residual).shape != _value(normed).shape
             or _value(normed).numel() != _value(normed.args[1]).numel()
-            or _value(normed.args[1]).dtype != _value(normed).dtype):
+            or _value(normed.args[1]).dtype != _value(normed).dtype or _value(normed).dtype not in _DTYPES):
         return
     x, weight, eps, plus = normed.args
     with graph.inserting_before(node):
@@ -341,7 +353,7 @@ def _fuse_join(graph: fx.Graph, node: fx.Node) -> None:
     node.replace_all_uses_with(made)
 
 
-def _fuse_attention(graph: fx.Graph, node: fx.Node) -> None:
+def _fuse_attention(graph: fx.Graph, node: Node) -> None:
     query, key, value, mask, scale = node.args
     if not (_is(key, operator.getitem) and _is(value, operator.getitem)):
         return
@@ -354,7 +366,8 @@ def _fuse_attention(graph: fx.Graph, node: fx.Node) -> None:
     if q is None or k is None or q[1:3] != k[1:3] or q[4:] != k[4:] or (q[3] is None) != (k[3] is None):
         return
     slot = new_k.args[1][2]
-    if slot is not new_v.args[1][2] or _value(slot).numel() != 1 or _value(v).dtype != _value(keys).dtype:
+    if (slot is not new_v.args[1][2] or _value(slot).numel() != 1 or _value(v).dtype != _value(keys).dtype
+            or _value(keys).dtype not in _DTYPES):
         return
     cos, sin = q[1:3]
     if any(_value(one).dtype != _value(keys).dtype for one in (cos, sin, q[0], k[0]) if one is not None):
@@ -371,7 +384,7 @@ def _fuse_attention(graph: fx.Graph, node: fx.Node) -> None:
         graph.erase_node(gone)
 
 
-def _written(slots: Any) -> fx.Node | None:
+def _written(slots: Any) -> Node | None:
     """Where the new slot is written, if that and a look at the slots is all that is done with them."""
     users = list(slots.users)
     written = [one for one in users if _is(one, operator.setitem)]
@@ -390,7 +403,8 @@ def _turn(node: Any) -> tuple | None:
     if not _is(node, operator.add) or not all(_is(one, operator.mul) for one in node.args):
         return None
     (x, cos), (turned, sin) = node.args[0].args, node.args[1].args
-    if not _is(turned, torch.cat) or turned.kwargs.get("dim", (*turned.args, None)[1]) != -1 or len(turned.args[0]) != 2:
+    if (not _is(turned, torch.cat) or turned.kwargs.get("dim", (*turned.args, None)[1]) != -1
+            or len(turned.args[0]) != 2):
         return None
     low, high = turned.args[0]
     if not _is(low, operator.neg) or not all(_is(one, operator.getitem) for one in (low.args[0], high)):

@@ -1,3 +1,5 @@
+# Tuples of tiles grow in the kernels.
+# mypy: disable-error-code="assignment,attr-defined"
 """One row times weights, as fast as they can be read.
 
 At batch 1 a decoder layer is a handful of products of one row, each of which reads its weights once. What such a kernel
@@ -29,20 +31,22 @@ class Tiling:
     block: int
     ahead: int
     warps: int = 4
-    regs: int = 0
 
 
-def tiling(columns: int, gated: bool) -> Tiling:
-    """Measured on an H100: long rows want more blocks in flight and fewer rows."""
+def tiling(rows: int, columns: int, gated: bool) -> Tiling:
+    """As measured on an H100, for products of 1 to 200 MB."""
     block = min(1024, triton.next_power_of_2(columns))
     if gated:
-        return Tiling(4, block, 2)
-    return Tiling(8, block, 2) if columns <= 4 * block else Tiling(4, block, 3)
+        return Tiling(2, block, 1, 2) if columns <= block else Tiling(4, block, 2)
+    if columns > 4 * block:
+        return Tiling(4, block, 3)
+    return Tiling(8 if rows >= 1024 else 4, block, 2)
 
 
 def early(device: torch.device) -> bool:
     """Whether kernels can begin before the one before them has ended."""
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+    return (device.type == "cuda" and torch.version.hip is None
+            and torch.cuda.get_device_capability(device) >= (9, 0))
 
 
 def product(x: Tensor, post: Tensor | None, residual: Tensor | None, norm: Tensor | None, eps: float, plus: bool,
@@ -54,7 +58,7 @@ def product(x: Tensor, post: Tensor | None, residual: Tensor | None, norm: Tenso
     total = sizes[0] if gated else sum(sizes)
     first = weights[0]
     out = first.new_empty(1, 1, total + (columns if post is not None else 0))
-    tile = tile or tiling(columns, gated)
+    tile = tile or tiling(total, columns, gated)
     programs = [triton.cdiv(size, tile.rows) for size in (sizes[:1] if gated else sizes)]
     w = [*weights, *[first] * (MOST_WEIGHTS - len(weights))]
     b = [first if one is None else one for one in [*biases, *[None] * (MOST_WEIGHTS - len(biases))]]
@@ -63,11 +67,10 @@ def product(x: Tensor, post: Tensor | None, residual: Tensor | None, norm: Tenso
     _product[(sum(programs),)](
         x, first if post is None else post, first if residual is None else residual, first if norm is None else norm,
         first if added is None else added, out, *w, *b, *starts, *(sizes + [0] * MOST_WEIGHTS)[:MOST_WEIGHTS], eps,
-        COLUMNS=columns, ROWS=tile.rows, BLOCK=tile.block, AHEAD=tile.ahead,
-        WEIGHTS=len(weights), POST=post is not None, NORM=norm is not None, PLUS=plus,
+        COLUMNS=columns, ROWS=tile.rows, BLOCK=tile.block, AHEAD=tile.ahead, WEIGHTS=len(weights),
+        POST=post is not None, NORM=norm is not None, PLUS=plus,
         BIASES=sum(2**n for n, one in enumerate(biases) if one is not None), ACT=ACTIVATIONS.index(act),
-        ADDED=added is not None, EARLY=ahead, PDL=bool(options), num_warps=tile.warps,
-        **({'maxnreg': tile.regs} if tile.regs else {}), **options)
+        ADDED=added is not None, EARLY=ahead, PDL=bool(options), num_warps=tile.warps, **options)
     return out
 
 
@@ -114,9 +117,9 @@ def _part(x, block, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _parts(x, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
-    parts = (_part(x, 0, COLUMNS, BLOCK),)
+    parts = (_part(x, 0, COLUMNS, BLOCK),)  # Triton knows + of tuples, not unpacking
     for block in tl.static_range(1, BLOCKS):
-        parts = parts + (_part(x, block, COLUMNS, BLOCK),)
+        parts = parts + (_part(x, block, COLUMNS, BLOCK),)  # noqa: RUF005
     return parts
 
 
@@ -143,8 +146,7 @@ def _activate(x, ACT: tl.constexpr):
 def _product(x, post, residual, norm, added, out, w0, w1, w2, b0, b1, b2, start1, start2, size0, size1, size2, eps,
              COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr,
              WEIGHTS: tl.constexpr, POST: tl.constexpr, NORM: tl.constexpr, PLUS: tl.constexpr, BIASES: tl.constexpr,
-             ACT: tl.constexpr, ADDED: tl.constexpr, EARLY: tl.constexpr,
-             PDL: tl.constexpr):
+             ACT: tl.constexpr, ADDED: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr):
     BLOCKS: tl.constexpr = (COLUMNS + BLOCK - 1) // BLOCK
     GATE: tl.constexpr = ACT > 0
     number = tl.program_id(0)
@@ -157,7 +159,7 @@ def _product(x, post, residual, norm, added, out, w0, w1, w2, b0, b1, b2, start1
             elif number >= start1:
                 w, b, size, base, has = w1, b1, size1, size0, BIASES // 2 % 2 > 0
                 number -= start1
-        elif WEIGHTS > 1:
+        elif WEIGHTS > 1:  # noqa: SIM102 (that is asked when compiling)
             if number >= start1:
                 w, b, size, base, has = w1, b1, size1, size0, BIASES // 2 % 2 > 0
                 number -= start1
@@ -172,9 +174,9 @@ def _product(x, post, residual, norm, added, out, w0, w1, w2, b0, b1, b2, start1
         others = (_tile(other, 0, COLUMNS, ROWS, BLOCK),)
     for block in tl.static_range(1, AHEAD):
         if block < BLOCKS:
-            tiles = tiles + (_tile(w, block, COLUMNS, ROWS, BLOCK),)
+            tiles = tiles + (_tile(w, block, COLUMNS, ROWS, BLOCK),)  # noqa: RUF005
             if GATE:
-                others = others + (_tile(other, block, COLUMNS, ROWS, BLOCK),)
+                others = others + (_tile(other, block, COLUMNS, ROWS, BLOCK),)  # noqa: RUF005
     bias, bias2 = 0.0, 0.0
     if BIASES:
         bias = tl.load(b + where, mask=where < size * has, other=0.0).to(tl.float32)
@@ -202,7 +204,7 @@ def _product(x, post, residual, norm, added, out, w0, w1, w2, b0, b1, b2, start1
         before, joined = _scale(parts, eps, COLUMNS, BLOCKS), ()
         for block in tl.static_range(0, BLOCKS):
             sum = _normed(parts[block], before, posts[block], PLUS) + residuals[block].to(tl.float32)
-            joined = joined + (sum.to(x.dtype.element_ty),)
+            joined = joined + (sum.to(x.dtype.element_ty),)  # noqa: RUF005
             if tl.program_id(0) == 0:
                 column = block * BLOCK + tl.arange(0, BLOCK)[None]
                 start = size0 if GATE else size0 + size1 + size2
@@ -214,9 +216,9 @@ def _product(x, post, residual, norm, added, out, w0, w1, w2, b0, b1, b2, start1
     total2 = tl.zeros([ROWS, BLOCK // 8], tl.float32)
     for block in tl.static_range(0, BLOCKS):
         if block + AHEAD < BLOCKS:
-            tiles = tiles + (_tile(w, block + AHEAD, COLUMNS, ROWS, BLOCK),)
+            tiles = tiles + (_tile(w, block + AHEAD, COLUMNS, ROWS, BLOCK),)  # noqa: RUF005
             if GATE:
-                others = others + (_tile(other, block + AHEAD, COLUMNS, ROWS, BLOCK),)
+                others = others + (_tile(other, block + AHEAD, COLUMNS, ROWS, BLOCK),)  # noqa: RUF005
         if NORM:
             part = _normed(parts[block], scale, norms[block], PLUS)
         elif POST:
