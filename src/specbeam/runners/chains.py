@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 _OF_SCORES = (hf.TemperatureLogitsWarper, hf.TopKLogitsWarper, hf.TopPLogitsWarper, hf.MinPLogitsWarper,
               hf.InfNanRemoveLogitsProcessor, hf.LogitNormalization)
 
+_own = True  # whether the GPU's arg-max is ours
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -168,10 +170,14 @@ class Chains:
 
 def largest(scores: Tensor) -> Tensor:
     """The first of the largest, along the last dimension."""
-    if scores.is_cuda and find_spec("triton") is not None:
-        from specbeam.runners.matvec import argmax
+    global _own
+    if _own and scores.is_cuda and scores.dtype != torch.float64 and find_spec("triton") is not None:
+        try:
+            from specbeam.runners.matvec import argmax
 
-        return argmax(scores)
+            return argmax(scores)
+        except Exception:  # no C compiler, a card that Triton does not know: seen before anything is recorded
+            _own = False
     return scores.argmax(-1)
 
 
