@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 _OF_SCORES = (hf.TemperatureLogitsWarper, hf.TopKLogitsWarper, hf.TopPLogitsWarper, hf.MinPLogitsWarper,
               hf.InfNanRemoveLogitsProcessor, hf.LogitNormalization)
+
+_own = True  # whether the GPU's arg-max is ours
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,9 @@ class Shape:
         return cls(keys.pop(), samples, history, processors[0]) if len(keys) == 1 else None
 
     def scores(self, logits: Tensor, texts: Tensor | None, positions: Tensor) -> Tensor:
-        """[rows, new, vocabulary] fp32. texts: [rows, view], by position; a node's text ends at its own."""
-        scores = logits.float()
+        """[rows, new, vocabulary], fp32 unless only the largest is asked for. texts: [rows, view], by position; a
+        node's text ends at its own."""
+        scores = logits.float() if self.samples or self.processors else logits
         if not self.processors:
             return scores
         ids = positions.new_empty(positions.numel(), 0)
@@ -165,6 +169,19 @@ class Chains:
         return seen(answer)
 
 
+def largest(scores: Tensor) -> Tensor:
+    """The first of the largest, along the last dimension."""
+    global _own
+    if _own and scores.is_cuda and scores.dtype != torch.float64 and find_spec("triton") is not None:
+        try:
+            from specbeam.runners.matvec import argmax
+
+            return argmax(scores)
+        except Exception:  # no C compiler, a card that Triton does not know: seen before anything is recorded
+            _own = False
+    return scores.argmax(-1)
+
+
 def sent(values: Tensor, device: torch.device) -> Tensor:
     """On the device, without waiting for it."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
@@ -189,7 +206,9 @@ def _read(adapter: Adapter, slots: Any, view: int, tokens: Tensor, depth: Tensor
           ) -> tuple[Tensor, Tensor]:
     """Logits of tokens [rows, new] behind `depth` [rows] others, and their positions; with `lengths`, of each row's
     last token only."""
-    positions = depth[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+    positions = depth[:, None]
+    if tokens.shape[1] > 1:
+        positions = positions + torch.arange(tokens.shape[1], device=tokens.device)
     positions = positions.clamp(max=view - 1)  # of rows that idle along and count on
     places = torch.arange(view, device=tokens.device)
     visible = places <= positions[..., None]
@@ -199,7 +218,9 @@ def _read(adapter: Adapter, slots: Any, view: int, tokens: Tensor, depth: Tensor
     if adapter.absolute and adapter.context is not None:  # behind the end of an answer
         legal = positions.clamp(max=adapter.context - 1)
     keep = None if lengths is None else lengths - 1
-    logits = EAGER.forward(adapter, slots, tokens.clamp(min=0), legal, visible, near, keep)
+    if tokens.shape[1] > 1:  # what is proposed may be nothing
+        tokens = tokens.clamp(min=0)
+    logits = EAGER.forward(adapter, slots, tokens, legal, visible, near, keep)
     if keep is not None:
         positions = positions.gather(1, keep[:, None])
     return logits, positions
@@ -210,7 +231,7 @@ def _step(adapter: Adapter, slots: Any, view: int, shape: Shape, last: Tensor, d
     logits, positions = _read(adapter, slots, view, last, depth)
     texts = [one.scatter(1, positions, last) for one in more[: shape.history]]
     scores = shape.scores(logits, texts[0] if texts else None, positions)[:, 0]
-    token = invert(scores.softmax(-1), more[-1]) if shape.samples else scores.argmax(-1)
+    token = invert(scores.softmax(-1), more[-1]) if shape.samples else largest(scores)
     return token[:, None], depth + 1, *texts
 
 
@@ -233,7 +254,7 @@ def _propose(adapter: Adapter, slots: Any, view: int, shape: Shape, count: int, 
             q.append(scores.softmax(-1))
             ids.append(invert(q[-1], uniform[0][:, place]))
         else:
-            ids.append(scores.argmax(-1))
+            ids.append(largest(scores))
         tokens, depth = ids[-1][:, None], depth + (lengths if not place else 1)
     return *texts, torch.stack(ids, 1), *([torch.stack(q, 1)] if q else [])
 
@@ -252,7 +273,7 @@ def _verify(adapter: Adapter, slots: Any, view: int, shape: Shape, rule: Any, la
         uniform, q = drawn[0], drawn[1] if len(drawn) > 1 else None
         accepted, following = rule(proposed.clamp(min=0), scores.softmax(-1), q, lengths, uniform, invert)
     else:
-        best = scores.argmax(-1)
+        best = largest(scores)
         within = torch.arange(count, device=tokens.device) < lengths[:, None]
         accepted = ((best[:, :count] == proposed) & within).long().cumprod(1).sum(1)
         following = best.gather(1, accepted[:, None])[:, 0]

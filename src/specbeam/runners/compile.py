@@ -13,15 +13,15 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
-import torch._inductor.test_operators  # realize
 from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from specbeam.engine.runner import Adapter, Runner
-from specbeam.runners import graph
+from specbeam.runners import fuse, graph
 from specbeam.runners.graph import Slots
 
 # One row's product is a sum over rows of weights: with this, inductor writes it as such, and tunes how.
@@ -48,18 +48,33 @@ def _early(device: torch.device) -> dict[str, Any]:
 
 def by_layer(adapter: Adapter, backend: str, options: dict[str, Any] | None, record: graph.Record | None) -> Runner:
     """The runner that compiles one decoder layer for all."""
-    _layers(adapter.model)
-    compiled = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
-    ways = Layers(compiled(_run, options=options), compiled(_run_more))
+    norms = fuse.norms(_layers(adapter.model))
+    compiled = partial(torch.compile, fullgraph=True, dynamic=False)
+    one, more = compiled(_run, backend=_fusing(backend), options=options), compiled(_run_more, backend=backend)
+    ways = Layers(one, more, norms)
     return graph.runner("compile", record, ways, *([graph.own_attention] if record else []))
+
+
+@cache
+def _fusing(backend: str) -> Callable[..., Any]:
+    """That backend, given what fuse.py makes of a layer."""
+    def compiler(module: torch.fx.GraphModule, inputs: list[Tensor], options: dict[str, Any] | None = None) -> Any:
+        fuse.fuse(module.graph)
+        module.recompile()
+        if backend == "inductor":
+            from torch._inductor.compile_fx import compile_fx
+
+            return compile_fx(module, inputs, config_patches=options)
+        return torch._dynamo.lookup_backend(backend)(module, inputs)
+    return compiler
 
 
 class Layers:
     """Within it, every decoder layer of the model is the compiled one."""
 
-    def __init__(self, one: Callable[..., Any], more: Callable[..., Any]):
-        """Compiled: for one token of one row, and for more."""
-        self.one, self.more = one, more
+    def __init__(self, one: Callable[..., Any], more: Callable[..., Any], norms: dict[type, type] | None = None):
+        """Compiled: for one token of one row, and for more. norms: classes that are fuse.py's Norm or PlusNorm."""
+        self.one, self.more, self.known = one, more, {nn.Linear: fuse.Product, **(norms or {})}
 
     @contextmanager
     def __call__(self, adapter: Adapter, slots: Slots) -> Iterator[None]:
@@ -68,10 +83,15 @@ class Layers:
         numbered: list[tuple[Any, int]] = [(part, part.layer_idx) for layer in layers for part in layer.modules()
                     if isinstance(getattr(part, "layer_idx", None), int)]
         forwards = [(part, part.__dict__.get("forward")) for part in (*layers, *others)]
-        products: list[Any] = [part for layer in layers for part in layer.modules() if type(part) is nn.Linear]
+        known: list[tuple[Any, type]] = [(part, type(part)) for layer in layers for part in layer.modules()
+                                         if type(part) in self.known]
+        head = adapter.model.get_output_embeddings()
         try:
-            for part in products:
-                part.__class__ = Product
+            for part, kind in known:
+                part.__class__ = self.known[kind]
+            if type(head) is nn.Linear:
+                known.append((head, nn.Linear))
+                head.__class__ = fuse.Head
             for part, _ in numbered:
                 part.layer_idx = 0
             for layer, place in zip(layers, slots.layers, strict=True):
@@ -79,11 +99,11 @@ class Layers:
             for part in others:
                 part.forward = partial(self._other, part)
             own = graph.own_attention(adapter, slots) if adapter.device.type == "cuda" else nullcontext()
-            with own, _compiling(adapter):
+            with own, _attention(), _compiling(adapter):
                 yield
         finally:
-            for part in products:
-                part.__class__ = nn.Linear
+            for part, kind in known:
+                part.__class__ = kind
             for part, number in numbered:
                 part.layer_idx = number
             for part, forward in forwards:
@@ -105,16 +125,14 @@ class Layers:
         return self.one if hidden is not None and hidden.numel() == hidden.shape[-1] else self.more
 
 
-class Product(nn.Linear):
-    """nn.Linear as inductor runs one row of it fastest: its input is computed once, not again for every output (SiLU
-    eleven thousand times over), and a bias is added to the sum in its kernel instead of choosing a library's."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        if input.numel() != self.in_features:  # more than one row: a library's product
-            return super().forward(input)
-        input = torch.ops._inductor_test.realize(input)
-        output = nn.functional.linear(input, self.weight)
-        return output if self.bias is None else output + self.bias
+@contextmanager
+def _attention() -> Iterator[None]:
+    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = fuse.attend(before)
+    try:
+        yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = before
 
 
 class Place:
