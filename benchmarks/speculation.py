@@ -19,13 +19,16 @@ from statistics import median
 from typing import Any
 
 import torch
+from transformers import LogitsProcessorList
 
 import specbeam
 from specbeam.decoding import METHODS
 from specbeam.engine.support import adapt, evaluating
 from specbeam.engine.tree import TokenTree, chain
 from specbeam.experiment.prompts import BUNDLED, read_prompts
+from specbeam.runners.chains import Shape
 from specbeam.runners.choose import use_runner
+from specbeam.runners.host_chains import HostChains
 
 OUT = Path("outputs/benchmarks/speculation.json")
 PLAIN, LENGTHS = "plain", (1, 2, 3, 4, 6)
@@ -68,10 +71,17 @@ class Chain:
     def __init__(self, model: Any, depth: int = 96, room: int = 1000):
         self.tree, self.seconds = TokenTree(adapt(model), 1, depth + room), []
         _, nodes = self.tree.extend(self.tree.tips([0]), chain([[5] * depth], self.tree.device), last_only=True)
-        self.tips = nodes.pick(torch.tensor([[depth - 1]]))
+        self.tips, self.depth = nodes.pick(torch.tensor([[depth - 1]])), depth
+        shape = Shape.of([LogitsProcessorList()], samples=False)
+        self.host = HostChains(self.tree, shape) if shape and self.tree.adapter.runner.reads else None
 
     def read(self, count: int) -> None:
         start = time.perf_counter()
+        if self.host is not None:  # as the decoding methods do
+            self.host.read([[7] * count], [self.depth]).argmax(-1).tolist()
+            self.seconds.append(time.perf_counter() - start)
+            self.depth += 1
+            return
         logits, nodes = self.tree.extend(self.tips, chain([[7] * count], self.tree.device))
         logits.argmax(-1).tolist()
         self.seconds.append(time.perf_counter() - start)

@@ -6,7 +6,8 @@ every row is proposed if, summed over the rows,
     P(all before it accepted) · P(it is accepted | the draft's confidence) ≥ rows · r · (plain rounds that it costs)
 
 where the probabilities come from what was accepted of late (at that confidence, once the draft has read so far; of all
-tokens, before it has), and the costs are measured: a token more in one row is a column more in everybody's forward.
+tokens, before it has), and the costs are measured: a token more in one row is a column more in everybody's forward. A
+draft's first step in a round, whose weights the target has pushed out of the caches, is dearer than the next ones.
 
 Whether to draft at all is a matter of credit: each round with proposals adds the tokens that it brought and takes what
 it cost. At 0 the batch decodes plainly for 4 rounds and tries again; each try that fails doubles the pause, up to
