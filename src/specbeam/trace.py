@@ -37,7 +37,9 @@ class RowTrace:
     decode_seconds: float  # from the first new token to the last of the batch
     draft_seconds: float | None = None  # part of decode_seconds spent drafting
     verify_seconds: float | None = None  # part of decode_seconds spent in target forwards
-    accept_seconds: float | None = None  # part of decode_seconds from logits to committed tokens
+    # Part of decode_seconds from logits to committed tokens; of chains that the runner reads or records as one function
+    # (runners/chains.py) the choice of the tokens lies in verify_seconds, and None says that nothing was timed apart.
+    accept_seconds: float | None = None
     counted: int | None = None  # new tokens as another program counts them; None: those of the answer
 
 

@@ -407,3 +407,12 @@ def test_a_good_file_is_read(tmp_path):
 def test_a_file_that_cannot_be_read_is_refused_in_one_sentence(tmp_path, name):
     with pytest.raises(InputError, match=r"costs file .* cannot be read \("):
         read_costs(str(tmp_path / name))
+
+
+def test_a_padded_forward_is_no_measure_of_a_plain_round(target, draft):
+    """A runner may keep the last width where nothing is proposed, as behind the last token of an answer."""
+    chosen = auto(target, draft)
+    plain_rounds(chosen)
+    before, chosen.costs.unchecked = list(chosen.costs.plain), 10
+    chosen.round_done(None, [[]], [1], [0.0, 9.0, 9.0], 9)
+    assert (list(chosen.costs.plain), chosen.costs.unchecked) == (before, 10)

@@ -38,13 +38,14 @@ from specbeam.placement import agreed
 UNKNOWN = 0.5  # the confidence of drafters that have none: they are judged by what was accepted so far
 _BUCKETS = 10
 _MEMORY = 0.995  # of what was accepted, per round: texts change
-_LATELY = 1 / 24  # weight of the newest token in the usual acceptance
+_LATELY = 1 / 12  # weight of the newest token in the usual acceptance
 _MOST_CREDIT = 2.0  # plain rounds of one row: what a text that has begun to go badly may cost
 _MOST_LOSS = 1.0  # that one round is charged with: it may have been slow for other reasons
 _TRY = 0.5  # credit of a try
 _SHORTEST_WAIT, _LONGEST_WAIT = 4, 64
 _ENOUGH = 3  # measurements of longer forwards: the first may be slow
 _CAUTIOUS = 2  # tokens that are proposed until then
+_LASTS = 3  # rounds that share what a change of width costs
 _MEASURED = 3  # plain rounds that are then measured
 _CHECK, _LATEST_CHECK = 32, 256  # rounds with proposals until plain ones are measured again, at first and at last
 
@@ -281,7 +282,7 @@ class Length:
         if self.stale:
             self.prices, self.stale = self.costs.prices(), False
         grows = column == self.wide and not self.frozen  # the forward reads the last text's token too
-        return self.prices.token + self.prices.bend * (2 * column - 1) + self.prices.change * grows
+        return self.prices.token + self.prices.bend * (2 * column - 1) + self.prices.change / _LASTS * grows
 
     def reads_on(self, wanted: Sequence[bool]) -> list[bool]:
         """Which of the `wanted` rows another draft forward is worth its time for, before its outcome is known."""
@@ -345,9 +346,9 @@ class Length:
         if not changed or len(costs.verify[new]) < _ENOUGH:
             costs.verify[new].append(verify)
         if proposal is None:
-            if not changed or len(costs.plain) < 2:
+            if new == 1 and (not changed or len(costs.plain) < 2):  # a runner may have kept another width
                 costs.plain.append(whole)
-            costs.unchecked = 0
+                costs.unchecked = 0
             return
         costs.unchecked += 1
         steps = proposal.forwards or int(self.looks_up)  # looking something up is a step too

@@ -119,7 +119,6 @@ class Layers:
         return self._compiled(args, options)(layer, [mine if one is slots else one for one in args],
                              {name: mine if one is slots else one for name, one in options.items()})
 
-
     def _compiled(self, args: Any, options: dict[str, Any]) -> Callable[..., Any]:
         hidden = next((one for one in (*args, *options.values()) if isinstance(one, Tensor)), None)
         return self.one if hidden is not None and hidden.numel() == hidden.shape[-1] else self.more

@@ -149,7 +149,7 @@ class Head(Product):
     """The output layer, outside of any trace."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if (input.numel() != self.in_features or self.in_features % 8 or self.out_features % 8
+        if (input.dim() != 3 or input.numel() != self.in_features or self.in_features % 8 or self.out_features % 8
                 or input.dtype != self.weight.dtype or input.dtype not in _DTYPES):
             return nn.Linear.forward(self, input)
         return ops.product.default(input, None, None, None, 0.0, False, [self.weight], [self.bias], "", None, False)
@@ -267,7 +267,7 @@ def _fuse_products(graph: fx.Graph, group: list[Node]) -> None:
     x: Any = group[0].args[0]
     weights, biases = [node.args[1] for node in group], [node.args[2] for node in group]
     shapes, columns = [_value(weight).shape for weight in weights], _value(weights[0]).shape[1]
-    if (len(group) > MOST_WEIGHTS or _value(x).dtype not in _DTYPES
+    if (len(group) > MOST_WEIGHTS or _value(x).dtype not in _DTYPES or _value(x).dim() != 3
             or columns % 8 or any(shape[0] % 8 for shape in shapes)
             or any(_value(one).dtype != _value(x).dtype for one in (*weights, *biases) if one is not None)
             or any(one.op != "placeholder" for one in (*weights, *biases) if one is not None)):

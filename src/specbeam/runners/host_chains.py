@@ -33,13 +33,14 @@ class HostChains:
 
     @property
     def wide(self) -> int:
-        """Tokens of a row in the last forward; 0: of other rows."""
-        return self.tree.cache.wide
+        """Tokens of a row in the last forward; 0: it had more rows."""
+        cache = self.tree.cache
+        return cache.wide if cache.rows == len(cache.order) else 0
 
     @property
     def changed(self) -> bool:
         """Whether they were not as many in the one before."""
-        return self.tree.cache.requests.changed
+        return self.tree.cache.changed
 
     def read(self, tokens: Sequence[Sequence[int]], depth: Sequence[int], keep: Sequence[int] | None = None,
              exact: bool = False) -> np.ndarray:

@@ -47,7 +47,6 @@ class _Requests:
 
     def __init__(self, model: ov.Model, kind: str):
         self.model, self.kind, self.threads = model, kind, threads()
-        self.changed = False
         self.shape, self.wasted = (0, 0), 0.0  # rows and tokens of the last forward; those in vain since it was chosen
         for unread in [one for one in model.get_parameters() if not one.output(0).get_target_inputs()]:
             model.remove_parameter(unread)  # `near` of a model without a window
@@ -75,7 +74,7 @@ class _Requests:
         self.wasted += rows * (wide - new)
         if wide <= new or exact or self.wasted > self.patience:
             wide, self.wasted = new, 0.0
-        self.changed, self.shape = (rows, wide) != self.shape, (rows, wide)
+        self.shape = (rows, wide)
         return wide
 
     def lend(self, borrower: StateSlots) -> Any:
@@ -108,13 +107,9 @@ class StateSlots:
         self.held: dict[tuple[int, int, int], dict[str, tuple[np.ndarray, ov.Tensor]]] = {}  # inputs, by their sizes
         self.set: tuple[int, int, int] | None = None  # which of them the request has
         self.masks: list[np.ndarray] = []
+        self.rows = self.wide = 0  # of the last forward, and its tokens of a row
+        self.changed = False  # whether the one before was of another size
         self._in_order(rows)
-
-    @property
-    def wide(self) -> int:
-        """Tokens of a row in the last forward; 0: it had other rows."""
-        rows, wide = self.requests.shape
-        return wide if rows == len(self.order) else 0
 
     def resize(self, capacity: int) -> None:
         self.capacity = capacity
@@ -151,7 +146,7 @@ class StateSlots:
         rows, new = tokens.shape
         if self.length + new - self.view > _SLACK + self.view // 4:
             self._compact()
-        self._append(self.slots.numpy(), self.requests.width(rows, new))
+        self._append(self.slots.numpy(), self._width(rows, new))
         wanted = {"mask": visible, "near": visible if near is None else near}
         masks: dict[str, np.ndarray | None] = {
             name: self._seen(one.numpy()) for name, one in wanted.items() if name in self.inputs}
@@ -173,7 +168,7 @@ class StateSlots:
                 self._compact()
                 start = self.length
         positions: Any = [[*range(first, first + new)] for first in depth]
-        self._grow(positions, self.requests.width(len(depth), new, exact))
+        self._grow(positions, self._width(len(depth), new, exact))
         masks: dict[str, np.ndarray | None] = {"mask": None}
         if new > 1 or not self.plain:
             seen = np.repeat(self.alive[:, None, : self.length], new, 1)
@@ -190,7 +185,7 @@ class StateSlots:
     def _infer(self, tokens: Any, positions: Any, masks: dict[str, np.ndarray | None], keep: Any) -> np.ndarray:
         """tokens, positions: [rows, new]; masks: [rows, new, positions of the state] bool, None: all; keep: [rows,
         kept], None: all."""
-        rows, new, wide = len(tokens), len(tokens[0]), self.requests.shape[1]
+        rows, new, wide = len(tokens), len(tokens[0]), self.wide
         key = (rows, wide, new if keep is None else 1)
         if key not in self.held:
             arrays = {name: np.zeros(key[:2], dtype=np.int64) for name in ("tokens", "positions")}
@@ -222,6 +217,12 @@ class StateSlots:
         if self.chosen:
             self._in_order(rows)
         return result[0]
+
+    def _width(self, rows: int, new: int, exact: bool = False) -> int:
+        wide = self.requests.width(rows, new, exact)
+        self.changed, self.wide = (rows, wide) != (self.rows, self.wide), wide
+        self.rows = rows
+        return wide
 
     def _in_order(self, rows: int, order: np.ndarray | None = None) -> None:
         """The coming forward goes on with these rows of the state (beam_idx); None: all, as they are."""

@@ -166,8 +166,10 @@ def _bias(product: Any) -> tuple[Any, Any] | None:
         return None
     for port in targets[0].get_node().inputs():
         bias = port.get_source_output().get_node()
-        if bias.get_type_name() == "Constant" and bias.get_output_shape(0)[-1] == np.prod(bias.get_output_shape(0)):
-            return targets[0].get_node(), bias
+        if bias.get_type_name() == "Constant":
+            shape, width = list(bias.get_output_shape(0)), product.get_output_partial_shape(0)[-1].get_length()
+            if shape and shape[-1] == np.prod(shape) == width:  # of no dimension, asking for the last one kills
+                return targets[0].get_node(), bias
     return None
 
 
