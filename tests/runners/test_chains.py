@@ -34,6 +34,39 @@ def speculative(target, draft, rows, **options):
     return specbeam.speculative_generate(target, draft, rows, draft_length=3, **options)
 
 
+def check_rounds(found, wanted):
+    """The same tokens, found in the same rounds."""
+    assert found.tokens == wanted.tokens
+    for mine, eager in zip(found.trace, wanted.trace, strict=True):
+        assert [(one.drafted, one.accepted, one.committed, one.proposed) for one in mine.rounds] == [
+            (one.drafted, one.accepted, one.committed, one.proposed) for one in eager.rounds]
+        assert mine.sources == eager.sources
+
+
+def check_rows_that_end_and_join(name, shaping, method, use):
+    """use: makes the models run another way than before."""
+    target, draft, given = model(name), good_draft(name), prompts((5, 9, 12, 7, 6))
+    call = partial(method, target, draft, max_new_tokens=18, **SHAPING[shaping])
+    longest = max(call(given, seed=3).tokens, key=len)
+    end = longest[len(longest) // 2]
+    wanted = [call([row], eos_token_id=end, seed=3 + place).tokens[0] for place, row in enumerate(given)]
+    use(target, draft)
+    assert call(given, eos_token_id=end, seed=3, batch_size=2).tokens == wanted
+    assert call(given, eos_token_id=end, seed=3).tokens == wanted
+
+
+def check_a_way_to_propose(options, use):
+    target, draft, given = model("llama"), good_draft("llama"), prompts((5, 19))
+    options = {"draft_length": 3, "max_new_tokens": 20, "seed": 2, **options}
+    if options["draft_length"] == "auto":  # what it learns decides how long its proposals are, not what is said
+        wanted = specbeam.greedy_generate(target, given, max_new_tokens=20).tokens
+    else:
+        wanted = specbeam.speculative_generate(target, draft, given, **options).tokens
+    use(target, draft)
+    for _ in range(2):
+        assert specbeam.speculative_generate(target, draft, given, **options).tokens == wanted
+
+
 @pytest.fixture
 def recorded(monkeypatch):
     """Runs models through recorded functions; what was recorded."""
@@ -63,11 +96,7 @@ def test_the_tokens_are_those_of_the_eager_loops(name, method, shaping, rows, re
     recorded(target, draft)
     for _ in range(3):  # as it is, recorded in between, replayed
         found = call()
-        assert found.tokens == wanted.tokens
-        for mine, eager in zip(found.trace, wanted.trace, strict=True):
-            assert [(one.drafted, one.accepted, one.committed, one.proposed) for one in mine.rounds] == [
-                (one.drafted, one.accepted, one.committed, one.proposed) for one in eager.rounds]
-            assert mine.sources == eager.sources
+        check_rounds(found, wanted)
     assert not caplog.records  # nothing fell back
 
 
@@ -75,29 +104,14 @@ def test_the_tokens_are_those_of_the_eager_loops(name, method, shaping, rows, re
 @pytest.mark.parametrize("shaping", ["greedy, penalty", "drawn, shaped"])
 @pytest.mark.parametrize("name", ["gpt2", "mistral-window", "gemma3"])
 def test_rows_that_end_and_join_change_nothing(name, shaping, method, recorded, caplog):
-    target, draft, given = model(name), good_draft(name), prompts((5, 9, 12, 7, 6))
-    call = partial(method, target, draft, max_new_tokens=18, **SHAPING[shaping])
-    longest = max(call(given, seed=3).tokens, key=len)
-    end = longest[len(longest) // 2]
-    wanted = [call([row], eos_token_id=end, seed=3 + place).tokens[0] for place, row in enumerate(given)]
-    recorded(target, draft)
-    assert call(given, eos_token_id=end, seed=3, batch_size=2).tokens == wanted
-    assert call(given, eos_token_id=end, seed=3).tokens == wanted
+    check_rows_that_end_and_join(name, shaping, method, recorded)
     assert not caplog.records
 
 
 @pytest.mark.parametrize("options", [{"drafter": "prompt_lookup"}, {"draft_length": "auto"},
                                      {"acceptance": "block", "temperature": 1.0}, {"confidence_threshold": 0.3}])
 def test_every_way_to_propose_a_chain(options, recorded):
-    target, draft, given = model("llama"), good_draft("llama"), prompts((5, 19))
-    options = {"draft_length": 3, "max_new_tokens": 20, "seed": 2, **options}
-    if options["draft_length"] == "auto":  # what it learns decides how long its proposals are, not what is said
-        wanted = specbeam.greedy_generate(target, given, max_new_tokens=20).tokens
-    else:
-        wanted = specbeam.speculative_generate(target, draft, given, **options).tokens
-    recorded(target, draft)
-    for _ in range(2):
-        assert specbeam.speculative_generate(target, draft, given, **options).tokens == wanted
+    check_a_way_to_propose(options, recorded)
 
 
 def test_a_round_is_two_replays(recorded):

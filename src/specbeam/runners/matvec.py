@@ -19,8 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from specbeam.runners.fuse import MOST_WEIGHTS
+
 ACTIVATIONS = ("", "silu", "gelu", "gelu_tanh", "relu")
-MOST_WEIGHTS = 3
 
 
 @dataclass(frozen=True)
