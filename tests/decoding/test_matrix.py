@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -160,27 +160,16 @@ def test_sampled_answers_are_distributed_like_the_targets(name, rule, kind, spec
     assert as_the_target(speculate, name, kind, 750, acceptance=rule)
 
 
-class Priced(dict):
-    """Costs of auto that are known, whatever the number of rows."""
-
-    def __contains__(self, key: object) -> bool:
-        return True
-
-    def __missing__(self, key: tuple[int, int]) -> length.Costs:
-        self[key] = known = length.Costs()
-        known.plain.extend([1.0] * 3)
-        for new in (1, 2):
-            known.verify[new].extend([1.0] * 3)
-        return known
-
-
 @pytest.fixture
 def unfrozen(monkeypatch: pytest.MonkeyPatch):
     """Auto without `costs`: it decides for the batch as a whole, and by what earlier calls have taught it. Prices are
     given, that a run can be repeated. `drafted`: how often it proposed how much."""
-    pair, draft = (defaultdict(length.Learned), Priced()), tiny_draft(target(), 0.2)
-    monkeypatch.setattr(length, "_of_pair", lambda *_: pair)
-    monkeypatch.setattr(length.Costs, "prices", lambda _: length.Prices(0.12, 0.12, 1.0))
+    learned: tuple[dict, dict] = ({}, {})
+    draft = tiny_draft(target(), 0.2)
+    monkeypatch.setattr(length, "_of_pair", lambda *_: learned)
+    monkeypatch.setattr(length.Costs, "knows", lambda *_: True)
+    monkeypatch.setattr(length.Costs, "few", False)
+    monkeypatch.setattr(length.Costs, "prices", lambda *_: length.Prices(0.12, 0.12, 1.0))
     monkeypatch.setattr(length.Costs, "usual", lambda *_: 0.5)  # a round with proposals pays
 
     def run(name: str, rows: list[torch.Tensor], **options: Any) -> Any:

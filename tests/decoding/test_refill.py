@@ -13,7 +13,7 @@ from tiny import prompts, tiny_draft, tiny_model
 import specbeam
 from specbeam.decoding import METHODS
 from specbeam.drafting import Settings
-from specbeam.drafting.length import _of_pair
+from specbeam.drafting.length import Learned, _of_pair
 from specbeam.engine.support import adapt
 from specbeam.engine.tree import TokenTree, chain, read_prompts
 
@@ -62,7 +62,7 @@ def test_a_pause_from_an_earlier_call_may_end_in_the_middle_of_answers(drafter: 
     target, rows = tiny_model("llama"), prompts(LENGTHS)
     draft = tiny_draft(target) if drafter in ("draft_model", "combined") else None
     learned, _ = _of_pair(Settings(drafter, "auto"), target, draft)
-    learned[0].left = 5
+    learned[0] = Learned(left=5)
     out = specbeam.speculative_generate(target, draft, rows, drafter=drafter, draft_length="auto", max_new_tokens=ROOM,
                                         batch_size=2)
     assert out.tokens == specbeam.greedy_generate(target, rows, max_new_tokens=ROOM).tokens

@@ -28,10 +28,8 @@ def answer(length: Length | int, rows: int, sure: list[float], random: Random, s
     while left:
         count = len(left)
         target, draft = 0.95 + 0.05 * count, 0.21 + 0.01 * count
-        if auto:
-            length.keep_rows(range(count))
         limits = [min(8 if auto else length, one - 1) for one in left]
-        limits = length.limits(limits) if auto else limits
+        limits = length.limits(limits, left) if auto else limits
         drafting, proposal, right, width = 0.0, None, [0] * count, 0
         if max(limits):
             wanted, failed = [limit > 0 for limit in limits], [False] * count

@@ -133,11 +133,11 @@ def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
                 drafter.keep_rows(stay)
         if new:
             continue
-        length.keep_rows(batch.live)
         states = [batch.rows[row] for row in batch.live]
         length.wide = 0 if chains is None else chains.wide
         # The last token of an answer is never worth a proposal behind it.
-        limits = length.limits([min(settings.depth, state.remaining - 1) for state in states])
+        left = [state.remaining for state in states]
+        limits = length.limits([min(settings.depth, n - 1) for n in left], left)
         if chains is not None and length.rest:
             steps = step_ahead(batch, chains, length.rest, length.why[0])
             length.rested([batch.clock.seconds(*span) for span in batch.phases["verify"][-steps:]],

@@ -22,16 +22,15 @@ prefix, and a drawn token is never dropped for what it is. (Dropping it would bi
 from __future__ import annotations
 
 import json
-from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from math import isfinite, log, sqrt
+from math import exp, isfinite, log, sqrt
 from pathlib import Path
-from statistics import median
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from specbeam.drafting import Proposal, Settings
+from specbeam.drafting.costs import Costs, Prices
 from specbeam.errors import InputError
 from specbeam.placement import agreed
 
@@ -39,33 +38,14 @@ UNKNOWN = 0.5  # the confidence of drafters that have none: they are judged by w
 _BUCKETS = 10
 _MEMORY = 0.995  # of what was accepted, per round: texts change
 _LATELY = 1 / 12  # weight of the newest token in the usual acceptance
-_MOST_CREDIT = 2.0  # plain rounds of one row: what a text that has begun to go badly may cost
+_MOST_CREDIT = 4.0  # plain rounds of one row: what a text that has begun to go badly may cost
 _MOST_LOSS = 1.0  # that one round is charged with: it may have been slow for other reasons
-_TRY = 0.5  # credit of a try
+_TRY = 0.3  # credit of a try
 _SHORTEST_WAIT, _LONGEST_WAIT = 4, 64
-_ENOUGH = 3  # measurements of longer forwards: the first may be slow
-_CAUTIOUS = 2  # tokens that are proposed until then
+_CAUTIOUS = 2  # tokens that are proposed until it is known what longer forwards cost
 _LASTS = 3  # rounds that share what a change of width costs
-_MEASURED = 3  # plain rounds that are then measured
-_CHECK, _LATEST_CHECK = 32, 256  # rounds with proposals until plain ones are measured again, at first and at last
-
-
-def _recent() -> deque[float]:
-    return deque(maxlen=15)
-
-
-@dataclass(frozen=True)
-class Prices:
-    """In plain rounds: of one more draft forward (or of looking up), and of x more tokens of every row in the target's
-    forward, token · x + bend · x². rate: tokens per plain round and row, with proposals. change: of a target's forward
-    of another width than the last one's, where the runner keeps it (openvino.py). What nobody knows is neither free nor
-    dear."""
-
-    draft: float = 0.1
-    token: float = 0.05
-    rate: float = 1.0
-    change: float = 0.0
-    bend: float = 0.0
+_HEAT = 0.2  # by how many √tokens rows of one text come to differ
+_MEASURED = 3  # plain rounds that are measured one after the other
 
 
 @dataclass
@@ -79,6 +59,11 @@ class Learned:
     credit: float = _MOST_CREDIT
     wait: int = _SHORTEST_WAIT  # plain rounds before the next try, of one row
     left: int = 0  # of them
+
+    def copy(self) -> Learned:
+        """A first guess for another size of context."""
+        tried, kept = ([count / 4 for count in counts] for counts in (self.tried, self.kept))
+        return replace(self, tried=tried, kept=kept)
 
     def acceptance(self, confidence: float) -> float:
         """P(accepted), from what was seen at this confidence; with nothing seen, the confidence itself."""
@@ -97,92 +82,57 @@ class Learned:
         self.credit = min(self.credit + max(net, -_MOST_LOSS), most)
         if self.credit <= 0:
             # A try begins with reading every row's prompt.
-            self.left, self.credit = self.wait * rows, _TRY / rows**0.5
+            self.left, self.credit = int(self.wait * rows**0.5), _TRY / rows**0.5
             self.wait = min(2 * self.wait, _LONGEST_WAIT)
         elif self.credit >= most / 2:
             self.wait = _SHORTEST_WAIT
 
 
-@dataclass
-class Costs:
-    """Measured seconds of one pair of models, one drafter, one number of rows and one size of context."""
-
-    plain: deque[float] = field(default_factory=_recent)  # seconds of a round without proposals
-    round: deque[float] = field(default_factory=_recent)  # of one with
-    tokens: deque[float] = field(default_factory=_recent)  # committed per row in one with
-    # Forwards of the draft and their seconds, of a round; looking something up is one.
-    draft: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=32))
-    verify: defaultdict[int, deque[float]] = field(default_factory=lambda: defaultdict(_recent))  # by new tokens
-    change: deque[float] = field(default_factory=_recent)  # what a forward took longer whose width was new
-    unchecked: int = 0  # rounds with proposals since the last without
-    check: int = _CHECK  # when they are that many
-    guess: Prices = Prices()  # where nothing was measured: at first the prices of the nearest number of rows
-
-    @property
-    def longer(self) -> list[tuple[int, int, float]]:
-        """Of target forwards with proposals: more tokens than a plain one, how many were measured, more seconds."""
-        return [(new - 1, len(some), median(some) - median(self.verify[1])) for new, some in self.verify.items()
-                if new > 1]
-
-    @property
-    def few(self) -> bool:
-        """Whether what a longer forward costs is not known yet."""
-        return sum(len(some) for new, some in self.verify.items() if new > 1) < _ENOUGH
-
-    def prices(self) -> Prices:
-        """What was measured, and the guess where nothing was."""
-        plain, draft, token, rate = median(self.plain), self.guess.draft, self.guess.token, self.guess.rate
-        change = max(0.0, median(self.change)) / plain if self.change else self.guess.change
-        if self.draft:
-            draft = self.drafting()[1] / plain
-        bend = self.guess.bend
-        if not self.few:
-            token, bend = (price / plain for price in curve(self.longer))
-        if self.round:
-            rate = sum(self.tokens) / sum(self.round) * plain
-        return Prices(draft, token, rate, change, bend)
-
-    def drafting(self) -> tuple[float, float]:
-        """Seconds of a round's first draft forward, and of each more. The first is the dearer one: the target's weights
-        went through the caches before it. As a line through what was measured at several numbers of them."""
-        found: dict[int, list[float]] = defaultdict(list)
-        for steps, seconds in self.draft:
-            found[steps].append(seconds)
-        points = [(steps, len(some), median(some)) for steps, some in found.items()]
-        count = sum(n for _, n, _ in points)
-        x, y = (sum(n * one[place] for n, one in ((point[1], point) for point in points)) / count for place in (0, 2))
-        spread = sum(n * (steps - x) ** 2 for steps, n, _ in points)
-        if not spread:
-            return y / x, y / x
-        each = sum(n * (steps - x) * (seconds - y) for steps, n, seconds in points) / spread
-        each = min(max(each, 0.0), y / x)
-        return y - (x - 1) * each, each
-
-    def usual(self, steps: int, new: int) -> float:
-        """Plain rounds that one with so many draft steps and new tokens takes, as they mostly do."""
-        first, more_each = self.drafting() if steps else (0.0, 0.0)
-        draft = first + (steps - 1) * more_each
-        more = median(self.verify[new]) - median(self.verify[1]) if new > 1 and self.verify.get(new) else 0.0
-        return 1 + (draft + more) / median(self.plain)
-
-    def forget(self) -> None:
-        """The oldest measurements of longer forwards: what seems to be too dear is measured again some day."""
-        for new, some in list(self.verify.items()):
-            if new > 1:
-                some.popleft()
-                if not some:
-                    del self.verify[new]
-
-
 _known: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict[tuple, Any]]] = WeakKeyDictionary()
 
 
-def _of_pair(settings: Settings, target: Any, draft: Any
-             ) -> tuple[defaultdict[int, Learned], dict[tuple[int, int], Costs]]:
-    """What is known of these models with this drafter: of acceptance by size of context, of costs by rows and it."""
+def _of_pair(settings: Settings, target: Any, draft: Any) -> tuple[dict[int, Learned], dict[int, Costs]]:
+    """What is known of these models with this drafter, by size of context: of acceptance, and of costs."""
     known = _known.setdefault(target, WeakKeyDictionary()).setdefault(target if draft is None else draft, {})
     return known.setdefault((settings.drafter, settings.vocabulary, settings.exit_layer, settings.branches,
-                             settings.corpus, settings.temperature > 0), (defaultdict(Learned), {}))
+                             settings.corpus, settings.temperature > 0), ({}, {}))
+
+
+def _at_size(size: int, known: dict[int, Any], new: Any) -> Any:
+    """What is known at this size of context; at first a copy of what is known of the nearest."""
+    if size not in known:
+        near = min(known, key=lambda other: abs(other - size), default=None)
+        known[size] = new() if near is None else known[near].copy()
+    return known[size]
+
+
+@dataclass(frozen=True)
+class Last:
+    """A batch ends with its last row: what the others are ahead saves only their own share of a forward. chance: of
+    each row to be the last, softmax(tokens left / heat); rows of one text come to differ by about that. share: of a
+    plain round, that is the rows' own; 1: rows that end are replaced."""
+
+    chance: list[float]
+    heat: float
+    share: float
+
+    @classmethod
+    def of(cls, left: Sequence[int], share: float) -> Last:
+        most, heat = max(left), _HEAT * sqrt(max(1.0, sum(left) / len(left)))
+        weights = [exp((one - most) / heat) for one in left]
+        return cls([weight / sum(weights) for weight in weights], heat, min(share, 1.0))
+
+    def worth(self, row: int) -> float:
+        """A token of this row, in tokens of every row."""
+        return (1 - self.share) * self.chance[row] + self.share / len(self.chance)
+
+    def gain(self, committed: Sequence[int]) -> float:
+        """What these tokens of each row are worth, in tokens of every row: how much sooner the last one ends, by
+        heat · log Σ exp(tokens left / heat) before and after."""
+        least = min(committed)
+        behind = sum(one * exp((least - n) / self.heat) for one, n in zip(self.chance, committed, strict=True))
+        sooner = least - self.heat * log(max(behind, 1e-9))
+        return (1 - self.share) * sooner + self.share * sum(committed) / len(committed)
 
 
 class Length:
@@ -196,17 +146,17 @@ class Length:
         self.threshold = settings.confidence_threshold
         self.fixed = not self.auto and not self.threshold
         self.settings, self.looks_up = settings, draft is None
+        self.last = Last.of([1] * rows, 1.0)
         self.reach = [1.0] * rows  # P(all proposed so far accepted), of the running round
         self.why = [""] * rows
-        self.prices, self.stale, self.frozen = Prices(), False, bool(settings.costs)
+        self.prices, self.frozen = Prices(), bool(settings.costs)
         self.rest = 0  # plain rounds from here on that need no more thought
         self.wide = self.column = 0  # tokens of the target's last forward (0: any is as good), and proposed in this one
         if settings.costs:
             self.learned, self.prices = read_costs(settings.costs)
         elif self.auto:
-            learned, self.known = _of_pair(settings, target, draft)
-            self.learned = learned[self.size]
-            self.keep_rows(range(rows))
+            learned, costs = _of_pair(settings, target, draft)
+            self.learned, self.costs = _at_size(self.size, learned, Learned), _at_size(self.size, costs, Costs)
             if self.learned.left <= room:
                 self.learned.left = 0
 
@@ -215,36 +165,27 @@ class Length:
         """Whether nothing will be drafted for a while."""
         return self.auto and (self.prices.rate < 1 if self.frozen else self.learned.left > 0)
 
-    def keep_rows(self, rows: Sequence[int]) -> None:
-        """Go on with so many rows. For a new number, the nearest one's prices are a first guess."""
-        if not self.auto or self.frozen:
-            return
-        key = (len(rows), self.size)
-        if key not in self.known:
-            near = min((other for other, costs in self.known.items() if costs.plain), default=None,
-                       key=lambda other: (abs(other[0] - key[0]), abs(other[1] - key[1])))
-            self.known[key] = Costs(guess=self.known[near].prices() if near else Prices())
-        self.costs = self.known[key]
-
-    def limits(self, most: Sequence[int]) -> list[int]:
-        """How deep each row may propose in this round; 0: decode plainly."""
+    def limits(self, most: Sequence[int], left: Sequence[int] = ()) -> list[int]:
+        """How deep each row may propose in this round; 0: decode plainly. left: tokens that each row may still have;
+        default: all alike."""
         self.rest = self.column = 0
         self.reach, self.why = [1.0] * len(most), ["length" if n == self.settings.depth else "end of answer"
                                                   for n in most]
         if not self.auto:
             return list(most)
-        if not self.frozen and (len(self.costs.plain) < 2 or self.costs.unchecked >= self.costs.check):
+        if not self.frozen and (not self.costs.knows(len(most)) or self.costs.unchecked >= self.costs.check):
             self.why, self.rest = ["measuring plain"] * len(most), _MEASURED
-            if self.costs.plain:
-                self.costs.check = min(2 * self.costs.check, _LATEST_CHECK)
+            self.costs.checks()
         elif self.idle:
             self.why = ["does not pay"] * len(most)
             self.rest = _LONGEST_WAIT if self.frozen else self.learned.left
             self.learned.left -= not self.frozen
         else:
-            self.stale = not self.frozen
-            if self.stale and self.costs.few:
-                return [min(_CAUTIOUS, n) for n in most]
+            if not self.frozen:
+                self.prices = self.costs.prices(len(most))
+                self.last = Last.of(left or most, self.prices.token if self.room else 1.0)
+                if self.costs.few:
+                    return [min(_CAUTIOUS, n) for n in most]
             return list(most)
         return [0] * len(most)
 
@@ -256,8 +197,8 @@ class Length:
             self.learned.left -= len(steps) - 1  # `limits` counted one
         beside = (seconds - sum(steps)) / len(steps)
         for step in agreed(steps[1:] or steps, self.target):  # the first may be of another width than the one before
-            self.costs.verify[1].append(step)
-            self.costs.plain.append(step + beside)
+            self.costs.forward(len(self.why), 1, False, step)
+        self.costs.waited(agreed([beside], self.target)[0])
         self.costs.unchecked = 0
 
     def proposes(self, wanted: Sequence[bool], confidence: Sequence[float]) -> list[bool]:
@@ -277,12 +218,11 @@ class Length:
         return [row in kept for row in range(len(wanted))]
 
     def _price(self, column: int) -> float:
-        """Of the target's reading a proposal's token at this place, the first is 1. Prices are worked out once a round,
-        and only where something may be proposed: it takes a tenth of a millisecond."""
-        if self.stale:
-            self.prices, self.stale = self.costs.prices(), False
+        """Of the target's reading a proposal's token at this place, the first is 1."""
+        prices = self.prices
         grows = column == self.wide and not self.frozen  # the forward reads the last text's token too
-        return self.prices.token + self.prices.bend * (2 * column - 1) + self.prices.change / _LASTS * grows
+        return (prices.token + prices.bend * (2 * column - 1) + prices.first * (column == 1)
+                + prices.change / _LASTS * grows)
 
     def reads_on(self, wanted: Sequence[bool]) -> list[bool]:
         """Which of the `wanted` rows another draft forward is worth its time for, before its outcome is known."""
@@ -298,7 +238,8 @@ class Length:
         if self.frozen:  # every row by itself: the same in any batch
             kept = {row for row, gain in gains.items() if gain >= least}
         else:
-            kept = set(gains) if sum(gains.values()) >= least * len(self.why) else set()
+            gain = sum(self.last.worth(row) * gain for row, gain in gains.items())
+            kept = set(gains) if gain >= least else set()
         self._stop(set(gains) - kept, "not worth its time")
         return kept
 
@@ -339,56 +280,29 @@ class Length:
         in the target's forward; changed: they were not as many in the one before."""
         if not self.auto or self.frozen:
             return
-        costs, learned = self.costs, self.learned
+        costs, learned, rows = self.costs, self.learned, len(committed)
         draft, verify, whole = agreed(seconds, self.target)
-        if changed and len(costs.verify[new]) >= _ENOUGH:
-            costs.change.append(verify - median(costs.verify[new]))
-        if not changed or len(costs.verify[new]) < _ENOUGH:
-            costs.verify[new].append(verify)
+        costs.forward(rows, new, changed, verify)
+        costs.waited(whole - draft - verify)
         if proposal is None:
-            if new == 1 and (not changed or len(costs.plain) < 2):  # a runner may have kept another width
-                costs.plain.append(whole)
-                costs.unchecked = 0
+            costs.unchecked = 0 if new == 1 else costs.unchecked
             return
         costs.unchecked += 1
         steps = proposal.forwards or int(self.looks_up)  # looking something up is a step too
         if steps:
-            costs.draft.append((steps, draft))
+            costs.drafted(rows, steps, draft)
         learned.tried, learned.kept = ([_MEMORY * n for n in counts] for counts in (learned.tried, learned.kept))
         for row, ids in enumerate(proposal.tokens):
             sure = proposal.confidence[row] if proposal.confidence else [UNKNOWN] * len(ids)
             for depth, confidence in enumerate(sure[: min(len(ids), len(paths[row]) + 1)]):  # not what was cut
                 learned.learn(confidence, depth < len(paths[row]))
-        tokens = sum(committed) / len(committed)
+        tokens = sum(committed) / rows
+        took = costs.usual(rows, steps, new)
         if any(proposal.tokens):
-            costs.round.append(whole)
-            costs.tokens.append(tokens)
-        elif learned.credit == _TRY / len(committed) ** 0.5:  # a try that was declined
+            costs.gained.append((tokens, took))
+        elif learned.credit == _TRY / rows**0.5:  # a try that was declined
             costs.forget()
-        if not costs.plain:
-            return
-        if self.room:
-            # A batch ends with its last row, which is behind the others by luck: of n sums of as many terms as there
-            # are rounds, the least is some √(2 log n · rounds) deviations of a term below the mean. A row that ends
-            # before it saves its own share of a forward only.
-            spread = sqrt(sum((count - tokens) ** 2 for count in committed) / len(committed))
-            behind = spread * sqrt(2 * log(len(committed)) * tokens / self.room)
-            tokens -= (1 - min(1.0, self.prices.token)) * behind
-        learned.paid(tokens - costs.usual(steps, new), len(committed))
-
-
-def curve(points: Sequence[tuple[int, int, float]]) -> tuple[float, float]:
-    """a and b of a x + b x², least squares over (x, how often measured, y), neither below 0: the first tokens more are
-    nearly free where a forward waits for memory, the later ones are not."""
-    xx, xxx, xxxx, xy, xxy = (sum(n * x**p * y**q for x, n, y in points) for p, q in (
-        (2, 0), (3, 0), (4, 0), (1, 1), (2, 1)))
-    whole = xx * xxxx - xxx * xxx
-    a, b = xy / xx, 0.0
-    if whole > 1e-9 * xx * xxxx and xxy * xx > xy * xxx:  # else it does not bend upwards, or was seen at one x only
-        a, b = (xy * xxxx - xxy * xxx) / whole, (xxy * xx - xy * xxx) / whole
-        if a < 0:
-            a, b = 0.0, xxy / xxxx
-    return max(0.0, a), max(0.0, b)
+        learned.paid(self.last.gain(committed) - took, rows)
 
 
 def read_costs(path: str) -> tuple[Learned, Prices]:
@@ -413,12 +327,12 @@ def write_costs(path: str, target: Any, draft: Any = None, rows: int = 1, **opti
     """Freeze what `draft_length="auto"` has learned so far about this pair, at this batch size. options: those of
     `speculative_generate` that it learned with (drafter, temperature, …)."""
     settings = Settings(draft_length="auto", **options)
-    learned_of, known = _of_pair(settings, target, draft)
-    size, costs = max(((size, costs) for (count, size), costs in known.items() if count == rows),
-                      key=lambda one: len(one[1].plain), default=(0, Costs()))
-    learned = learned_of[size]
-    if not costs.plain:
+    learned, known = _of_pair(settings, target, draft)
+    size = max((size for size, costs in known.items() if costs.knows(rows)), default=None,
+               key=lambda size: sum(map(len, known[size].target.values())))
+    if size is None:
         raise InputError(f"nothing was learned yet for drafter={settings.drafter} with {rows} rows and these options: "
                          "generate with draft_length=\"auto\" first.")
-    Path(path).write_text(json.dumps({"prices": asdict(costs.prices()), "tried": learned.tried,
-                                      "kept": learned.kept, "usual": learned.usual}, indent=1), encoding="utf-8")
+    its = learned[size]
+    Path(path).write_text(json.dumps({"prices": asdict(known[size].prices(rows)), "tried": its.tried,
+                                      "kept": its.kept, "usual": its.usual}, indent=1), encoding="utf-8")
