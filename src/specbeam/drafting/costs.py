@@ -24,8 +24,8 @@ import numpy as np
 
 _TRUST = 3  # measurements of one shape that count as much as the fit
 _HALF_LIFE = 256  # measurements after which one counts half
-_LEVEL_LASTS = 6  # forwards that a machine's speed is taken from
-_MOST_OTHER = 1.5  # how much faster or slower than usual a forward counts as
+_LEVEL_LASTS = 3  # forwards that a machine's speed is taken from
+_MOST_OTHER = 1.7  # how much faster or slower than usual a forward counts as
 _TOGETHER = 16  # that are heard together
 _CHECK, _LATEST_CHECK = 32, 256  # rounds with proposals until plain ones are measured again, at first and at last
 

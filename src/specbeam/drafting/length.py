@@ -1,18 +1,19 @@
 """How long a proposal is: fixed, until the draft loses confidence, or as long as it pays.
 
 `auto` counts in plain rounds. With r the tokens per plain round and row that this batch reaches now, one more token of
-every row is proposed if, summed over the rows,
+every row is proposed if
 
-    P(all before it accepted) · P(it is accepted | the draft's confidence) ≥ rows · r · (plain rounds that it costs)
+    Σ_rows w · P(all before it accepted) · P(it is accepted | the draft's confidence) ≥ r · (plain rounds that it costs)
 
 where the probabilities come from what was accepted of late (at that confidence, once the draft has read so far; of all
-tokens, before it has), and the costs are measured: a token more in one row is a column more in everybody's forward. A
-draft's first step in a round, whose weights the target has pushed out of the caches, is dearer than the next ones.
+tokens, before it has), the costs are measured (costs.py: a token more in one row is a column more in everybody's
+forward), and the weights w, 1 in all, say which row will end last: a batch takes as long as that one.
 
 Whether to draft at all is a matter of credit: each round with proposals adds the tokens that it brought and takes what
 it cost. At 0 the batch decodes plainly for 4 rounds and tries again; each try that fails doubles the pause, up to
 64 rounds, each that pays begins anew with 4. A pause that would end within an answer ends at its beginning, where the
 draft reads the prompt outside decoding; in an answer that begins within a pause, it reads nothing until it is needed.
+Too little credit stops by bad luck what gains a tenth; too much is lost where texts change (docs/log.md, 2026-11-29).
 What was learned stays with the pair of models, from prompt to prompt; `costs` freezes it in a file.
 
 The confidence is the draft's largest probability *before* anything is drawn: to stop or not is a function of the
