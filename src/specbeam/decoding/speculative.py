@@ -98,6 +98,7 @@ def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
     if settings.recordable:
         shape = shape_of(adapter, [row.processors for row in request.rows], bool(request.config.do_sample))
     new, start = list(batch.live), None  # rows whose prompts are unread
+    ended = None  # of the round before, if this one follows it
     while True:
         if new:
             fresh, its, logits = read_prompts(adapter, [request.rows[row].prompt for row in new], capacity)
@@ -120,6 +121,7 @@ def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
                 if drafter is not None:
                     drafter.join(theirs)
         start, stay = batch.clock.mark(), batch.retire()
+        since, ended = ended or start, None
         new = batch.admit()
         if not batch.live:
             return batch.output(drafts=True)
@@ -181,7 +183,8 @@ def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
             batch.round_done(*facts, end=end)
         batch.phases["accept"].append((verified, end))
         if length.auto:
-            spans = [(start, drafted), (drafted, verified), (start, end)]
+            # What a drafter does behind a round (it learns, say) is time that plain rounds do not take.
+            spans, ended = [(since, drafted), (drafted, verified), (since, end)], end
             length.round_done(proposal, paths, became, [batch.clock.seconds(*span) for span in spans],
                               width, chains is not None and chains.changed)
         if drafter is None:
