@@ -88,7 +88,7 @@ def test_what_cannot_be_compiled_is_recorded_instead_with_one_warning(monkeypatc
     target, given = tiny_model("stablelm", seed=3), prompts((5,))
     wanted = specbeam.greedy_generate(target, given, max_new_tokens=12).tokens
     monkeypatch.setattr(compiling, "make", lambda adapter, precision: graph.runner(
-        "compile", Recorder(), compiling.Layers(fails, fails)))
+        "compile", Recorder(), compiling.Layers(fails, fails, fails)))
     specbeam.use_runner(target, "compile")
     assert specbeam.greedy_generate(target, given, max_new_tokens=12).tokens == wanted
     assert warnings(caplog) == [

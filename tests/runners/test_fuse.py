@@ -90,7 +90,7 @@ def test_attention_that_is_not_known_goes_where_it_went():
     assert not asked
     attend(nn.Identity(), query, key, key, mask, softcap=30.0)
     attend(nn.Identity(), query, key, key, mask.float())
-    attend(nn.Identity(), query.expand(2, -1, -1, -1), key.expand(2, -1, -1, -1), key.expand(2, -1, -1, -1), mask)
+    attend(nn.Identity(), *(one.expand(17, -1, -1, -1) for one in (query, key, key)), mask)
     assert len(asked) == 3
 
 

@@ -14,7 +14,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from specbeam.runners import attend_one, fuse, matvec  # noqa: E402
+from specbeam.runners import attend_few, fuse, matvec  # noqa: E402
 
 if DEVICE == "cpu" and not matvec._product.__class__.__name__.startswith("Interpreted"):
     pytest.skip("triton was imported before, for a GPU", allow_module_level=True)
@@ -68,7 +68,7 @@ def test_attention_with_the_new_slot(heads, key_heads, dim, view, here, normed):
     given = (q, k, v, q_norm, k_norm, 1e-6, True, angle.cos()[None, None], angle.sin()[None, None])
     rest = (torch.tensor([[here]], device=DEVICE), view, mask, dim**-0.5, False)
     mine, its = (keys.clone(), values.clone()), (keys.clone(), values.clone())
-    found, wanted = attend_one.attend(*given, *mine, *rest), fuse._attend(*given, *its, *rest)
+    found, wanted = attend_few.attend(*given, *mine, *rest), fuse._attend(*given, *its, *rest)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(mine, its, rtol=1e-5, atol=1e-5)
     assert not torch.equal(mine[0], keys)
