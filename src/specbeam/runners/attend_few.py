@@ -1,11 +1,11 @@
 # mypy: disable-error-code="assignment"
-"""Attention of up to sixteen new tokens over the slots: norms of the heads, rotary embedding and the new slots included.
+"""Attention of up to sixteen new tokens over the slots, with norms of the heads, rotary embedding and the new slots.
 
 What an earlier step wrote is fetched before the kernel before this one has ended (see matvec.py); new keys and values
 come from that kernel, count apart from the others, and are written to their slots beside. An earlier step has ended
 then, since what stands between two steps (the choice of a token) begins and ends as ordinary kernels do.
 The query heads of a key head and all new tokens are rows of one product, sixteen of which are a program's. Where the
-slots are shared out among programs, the last of them to end puts the parts together.
+slots are shared out among programs, a second kernel puts the parts together.
 """
 
 from __future__ import annotations
@@ -22,9 +22,7 @@ from specbeam.runners.attention import _more
 from specbeam.runners.fuse import _attention
 from specbeam.runners.matvec import _begin, early
 
-_PROGRAMS, _MOST_SLOTS = 128, 256
-_MOST_JOINED, _COUNTS = 16, 4096  # parts that a program puts together, programs that may end last
-_counts: dict[tuple[torch.device, int], Tensor] = {}  # of each stream: how many programs have ended, zeros between
+_PROGRAMS, _MOST_SLOTS, _KEY_BYTES = 128, 256, 32768
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, plus: bool,
@@ -38,28 +36,31 @@ def attend(q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Tenso
     lines = 16 if new > 1 else max(16, triton.next_power_of_2(group))
     tiles = triton.cdiv(new * group, lines)
     # Slots that a program looks at at a time: 32 KiB of keys. The slots are shared out among the programs.
-    block = min(_MOST_SLOTS, max(16, 32768 // (wide * keys.element_size())))
+    block = min(_MOST_SLOTS, max(16, _KEY_BYTES // (wide * keys.element_size())))
     blocks = triton.cdiv(view, block)
     share = triton.cdiv(blocks, min(blocks, max(1, _PROGRAMS // (rows * key_heads * tiles)))) * block
     parts = triton.cdiv(view, share)
     output = q.new_empty(rows, new, heads, dim)
     found = q.new_empty(parts, 2, rows * new * heads, dim, dtype=torch.float32) if parts > 1 else output
-    count = _count(q.device) if 1 < parts <= _MOST_JOINED and rows * key_heads * tiles <= _COUNTS else None
     mask = mask if mask.stride(3) == 1 else mask.contiguous()
     pdl = {"launch_pdl": True} if early(q.device) else {}
     _attend[(rows * key_heads, tiles, parts)](
         q, k, v, q if q_norm is None else q_norm, q if k_norm is None else k_norm, cos.contiguous(), sin.contiguous(),
-        keys, values, slot.contiguous(), mask, found, output, slot if count is None else count, q.stride(0),
-        k.stride(0), v.stride(0), keys.stride(0), keys.stride(1), keys.stride(2), values.stride(0), values.stride(1),
-        values.stride(2), mask.stride(0), mask.stride(2), eps, ALL=rows * new * heads, NEW=new, PARTS=parts,
-        JOINS=count is not None, SCALE=scale, SLOTS=view, SHARE=share, KEY_HEADS=key_heads, GROUP=group, DIM=dim,
-        WIDE=wide, ROWS=lines, BLOCK=block, NORM=q_norm is not None, PLUS=plus, EARLY=ahead, PDL=bool(pdl),
-        num_warps=8 if block * wide >= 8192 else 4, num_stages=2, **pdl)
-    if parts > 1 and count is None:
+        keys, values, slot.contiguous(), mask, found, output, q.stride(0), k.stride(0), v.stride(0),
+        keys.stride(0), keys.stride(1), keys.stride(2), values.stride(0), values.stride(1), values.stride(2),
+        mask.stride(0), mask.stride(2), eps, ALL=rows * new * heads, NEW=new, PARTS=parts, SCALE=scale, SLOTS=view,
+        SHARE=share, KEY_HEADS=key_heads, GROUP=group, DIM=dim, WIDE=wide, ROWS=lines, BLOCK=block,
+        NORM=q_norm is not None, PLUS=plus, EARLY=ahead, PDL=bool(pdl),
+        num_warps=_warps(block * wide), num_stages=2, **pdl)
+    if parts > 1:
         _join_parts[(rows * new * heads,)](
             found, output, PARTS=parts, MOST=triton.next_power_of_2(parts), HEADS=rows * new * heads, DIM=dim,
             WIDE=wide, EARLY=ahead, PDL=bool(pdl), num_warps=1, **pdl)
     return output
+
+
+def _warps(tile: int) -> int:
+    return 8 if tile >= 8192 else 4
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
@@ -68,16 +69,6 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: fl
     if group * query.shape[2] * query.shape[3] > of_many._MOST or query.stride(3) != 1 or mask.stride(3) != 1:
         return _attention(query, key, value, mask, scale)
     return of_many.attend(cast(Any, None), query, key, value, mask, scaling=scale)[0]
-
-
-def _count(device: torch.device) -> Tensor | None:
-    """None: there are none, and what is made while a graph is recorded would be zeroed by each replay."""
-    if device.type != "cuda":
-        return torch.zeros(_COUNTS, dtype=torch.int32)
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
-    if key not in _counts and not torch.cuda.is_current_stream_capturing():
-        _counts[key] = torch.zeros(_COUNTS, dtype=torch.int32, device=device)
-    return _counts.get(key)
 
 
 @triton.jit
@@ -108,9 +99,9 @@ def _weighed(x, scale, weight, PLUS: tl.constexpr):
 
 
 @triton.jit
-def _attend(q, k, v, q_norm, k_norm, cos, sin, keys, values, slot, mask, found, output, count, q_step, k_step, v_step,
+def _attend(q, k, v, q_norm, k_norm, cos, sin, keys, values, slot, mask, found, output, q_step, k_step, v_step,
             k_row, k_head, k_slot, v_row, v_head, v_slot, m_row, m_new, eps, ALL: tl.constexpr, NEW: tl.constexpr,
-            PARTS: tl.constexpr, JOINS: tl.constexpr, SCALE: tl.constexpr, SLOTS: tl.constexpr, SHARE: tl.constexpr,
+            PARTS: tl.constexpr, SCALE: tl.constexpr, SLOTS: tl.constexpr, SHARE: tl.constexpr,
             KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
             BLOCK: tl.constexpr, NORM: tl.constexpr, PLUS: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr):
     row, head = tl.program_id(0) // KEY_HEADS, tl.program_id(0) % KEY_HEADS
@@ -129,11 +120,18 @@ def _attend(q, k, v, q_norm, k_norm, cos, sin, keys, values, slot, mask, found, 
     real = which < NEW * GROUP
     at = row * NEW + token
     sight = mask + row * m_row + token[:, None] * m_new
+    # What others wait for is fetched first.
+    if NEW == 1:
+        here = tl.load(slot + row)
+        visible = tl.load(mask + row * m_row + first + lane, mask=first + lane < SLOTS, other=0)
+    else:
+        fresh = tl.arange(0, 16)
+        here = tl.load(slot + row * NEW + fresh, mask=fresh < NEW, other=-1)
+        visible = tl.load(sight + (first + lane)[None], mask=real[:, None] & (first + lane < SLOTS)[None], other=0)
     queries = _turned(q, (at * q_step + (head * GROUP + member) * DIM)[:, None], (at * DIM)[:, None], dim, q_norm, cos,
                       sin, eps, real[:, None] & (dim < DIM), DIM, NORM, PLUS)
     # The new slots go first; the tiles then leave them out.
     if NEW == 1:
-        here = tl.load(slot + row)
         new_v = tl.load(v + row * v_step + head * DIM + dim, mask=dim < DIM, other=0.0)
         new_k = _turned(k, row * k_step + head * DIM, row * DIM, dim, k_norm, cos, sin, eps, dim < DIM, DIM, NORM, PLUS)
         mine = (here >= first) & (here < first + SHARE)
@@ -145,8 +143,6 @@ def _attend(q, k, v, q_norm, k_norm, cos, sin, keys, values, slot, mask, found, 
         total = tl.where(mine & (which < ROWS), 1.0, 0.0)
         mean = tl.where(mine, new_v.to(tl.float32), 0.0) + tl.zeros([ROWS, WIDE], tl.float32)
     else:
-        fresh = tl.arange(0, 16)
-        here = tl.load(slot + row * NEW + fresh, mask=fresh < NEW, other=-1)
         its = row * NEW + fresh[:, None]
         live = (fresh[:, None] < NEW) & (dim < DIM)
         new_v = tl.load(v + its * v_step + head * DIM + dim, mask=live, other=0.0)
@@ -166,12 +162,14 @@ def _attend(q, k, v, q_norm, k_norm, cos, sin, keys, values, slot, mask, found, 
             inside = (place[:, None] < SLOTS) & (dim < DIM)
             old_k = tl.load(key + place[:, None] * k_slot, mask=inside, other=0.0)
             old_v = tl.load(value + place[:, None] * v_slot, mask=inside, other=0.0)
+            if NEW == 1:
+                visible = tl.load(mask + row * m_row + place, mask=place < SLOTS, other=0)
+            else:
+                visible = tl.load(sight + place[None], mask=real[:, None] & (place < SLOTS)[None], other=0)
         if NEW == 1:
-            seen = (tl.load(mask + row * m_row + place, mask=place < SLOTS, other=0) != 0) & (place != here)
-            seen = seen[None] & (which[:, None] >= 0)
+            seen = ((visible != 0) & (place != here))[None] & (which[:, None] >= 0)
         else:
-            old = tl.max((place[:, None] == here[None]).to(tl.int32), 1) == 0
-            seen = tl.load(sight + place[None], mask=real[:, None] & (old & (place < SLOTS))[None], other=0) != 0
+            seen = (visible != 0) & (tl.max((place[:, None] == here[None]).to(tl.int32), 1) == 0)[None]
         best, total, mean = _more(best, total, mean, queries, old_k, old_v, seen, SCALE)
     total = tl.maximum(total, 1e-30)
     live = real[:, None] & (dim < DIM)
@@ -184,23 +182,6 @@ def _attend(q, k, v, q_norm, k_norm, cos, sin, keys, values, slot, mask, found, 
     # As wide as the means: what joins the parts then reads both alike.
     weight = (best + tl.log(total))[:, None] + tl.zeros([ROWS, WIDE], tl.float32)
     tl.store(there + ALL * DIM, weight, mask=live)
-    if JOINS:
-        tl.debug_barrier()  # all that this program stored, before it says so
-        mark = count + tl.program_id(0) * tl.num_programs(1) + tile
-        if tl.atomic_add(mark, 1, sem="acq_rel") == PARTS - 1:
-            tl.store(mark, 0)
-            best2 = tl.full([ROWS, WIDE], -1e30, tl.float32)
-            total2 = tl.zeros([ROWS, WIDE], tl.float32)
-            sum2 = tl.zeros([ROWS, WIDE], tl.float32)
-            for one in tl.static_range(0, PARTS):
-                part_mean = tl.load(found + one * 2 * ALL * DIM + out, mask=live, other=0.0, cache_modifier=".cg")
-                its_best = tl.load(found + (one * 2 + 1) * ALL * DIM + out, mask=live, other=-1e30,
-                                   cache_modifier=".cg")
-                better = tl.maximum(best2, its_best)
-                total2 = total2 * tl.exp(best2 - better) + tl.exp(its_best - better)
-                sum2 = sum2 * tl.exp(best2 - better) + part_mean * tl.exp(its_best - better)
-                best2 = better
-            tl.store(output + out, (sum2 / total2).to(output.dtype.element_ty), mask=live)
 
 
 @triton.jit

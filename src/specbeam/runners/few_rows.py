@@ -5,7 +5,9 @@
 The rows are one side of the tensor cores' smallest product, so that sixteen cost the reading that one does. What a
 thread reads of the weights at once, sixteen bytes, is also what it multiplies: a sum does not ask in which order its
 columns come, and in the order of `_sorted` no weight changes its thread between memory and product. Each warp has
-columns of its own; their sums are added up at the end.
+columns of its own; their sums are added up at the end, and so are the squares that a norm before the product asks
+for: weights do not wait for a norm, its scale is applied to the sums. (In fp16, what was not scaled yet may overflow:
+there the norm is a kernel.)
 """
 
 from __future__ import annotations
@@ -21,27 +23,35 @@ from torch import Tensor
 from specbeam.runners.fuse import MOST_WEIGHTS
 from specbeam.runners.matvec import ACTIVATIONS, _activate, _begin, _normed, early
 
-_MOST_KEPT = 64  # registers of a thread that may hold the rows
-
 
 @dataclass(frozen=True)
 class Tiling:
-    """groups of eight rows of weights that a program has, steps that it reads ahead (32 columns a warp each), warps."""
+    """groups of eight rows of weights that a program has, steps of these that it reads ahead (32 columns a warp each),
+    steps of the rows, and warps."""
 
     groups: int
     ahead: int
+    near: int
     warps: int
 
 
-def tiling(rows: int, columns: int, gated: bool) -> Tiling:
-    """As measured on an H200."""
-    return Tiling(1, 8, 8)
+def tiling(size: int, columns: int, gated: bool, halves: int) -> Tiling:
+    """As measured on an H200, for products of 1 to 600 MB: small programs, and much of their weights ahead. size: rows
+    of weights; halves: of the sixteen rows, that are there."""
+    if gated:
+        return Tiling(1, 7, 7, 2) if columns <= 1024 else Tiling(2, 6, 6, 2) if halves == 1 else Tiling(1, 8, 8, 2)
+    if size >= 16384:
+        return Tiling(2, 16, 16, 2)
+    if columns > 4096:
+        return Tiling(1, 16, 8, 8)
+    return Tiling(1 if size <= 1024 or (halves > 1 and size <= 2048) else 2, 16, 8, 4)
 
 
 def product(x: Tensor, post: Tensor | None, residual: Tensor | None, norm: Tensor | None, eps: float, plus: bool,
             weights: Sequence[Tensor], biases: Sequence[Tensor | None], act: str, added: Tensor | None, ahead: bool,
-            tile: Tiling | None = None) -> Tensor:
-    """What fuse.py's `product` says, for two to sixteen rows of bf16 or fp16 on a GPU. x: [..., columns]."""
+            tile: Tiling | None = None, late: bool | None = None) -> Tensor:
+    """What fuse.py's `product` says, for two to sixteen rows of bf16 or fp16 on a GPU. x: [..., columns]; late: whether
+    a norm's scale is applied to the sums."""
     columns, gated, rows = weights[0].shape[1], bool(act), x.numel() // x.shape[-1]
     sizes = [len(weight) for weight in weights]
     total = sizes[0] if gated else sum(sizes)
@@ -49,20 +59,23 @@ def product(x: Tensor, post: Tensor | None, residual: Tensor | None, norm: Tenso
     out = first.new_empty(*x.shape[:-1], total + (columns if post is not None else 0))
     if post is not None and residual is not None:
         flat = _joined(flat, post, residual.reshape(rows, columns), out.view(rows, -1)[:, total:], eps, plus, ahead)
-    tile = tile or tiling(total, columns, gated)
-    share = 8 * tile.groups
+    if norm is not None and not (x.dtype == torch.bfloat16 if late is None else late):
+        flat, norm = _joined(flat, norm, None, first.new_empty(rows, columns), eps, plus, ahead), None
+    halves = 1 if rows <= 8 else 2
+    tile = tile or tiling(total, columns, gated, halves)
+    groups = tile.groups if 8 * tile.groups <= min(sizes) else 1
+    share = 8 * groups
     programs = [triton.cdiv(size, share) for size in (sizes[:1] if gated else sizes)]
     w = [*weights, *[first] * (MOST_WEIGHTS - len(weights))]
     b = [first if one is None else one for one in [*biases, *[None] * (MOST_WEIGHTS - len(biases))]]
     starts = [sum(programs[:n]) for n in range(1, MOST_WEIGHTS)]
     more = flat if added is None else added.reshape(rows, total)
     options = {"launch_pdl": True} if early(x.device) else {}
-    blocks, halves = triton.cdiv(columns, 32 * tile.warps), 1 if rows <= 8 else 2
     _product[(sum(programs),)](
         flat, first if norm is None else norm, more, out, *w, *b, *starts,
         *(sizes + [0] * MOST_WEIGHTS)[:MOST_WEIGHTS], eps, rows, X_ROW=flat.stride(0), ADDED_ROW=more.stride(0),
-        OUT_ROW=out.shape[-1], COLUMNS=columns, GROUPS=tile.groups, AHEAD=tile.ahead, WARPS=tile.warps, HALVES=halves,
-        KEPT=4 * blocks * halves <= _MOST_KEPT, WEIGHTS=len(weights), NORM=norm is not None, PLUS=plus,
+        OUT_ROW=out.shape[-1], COLUMNS=columns, GROUPS=groups, AHEAD=tile.ahead, NEAR=tile.near, WARPS=tile.warps,
+        HALVES=halves, WEIGHTS=len(weights), NORM=norm is not None, PLUS=plus,
         BIASES=sum(2**n for n, one in enumerate(biases) if one is not None), ACT=ACTIVATIONS.index(act),
         ADDED=added is not None, EARLY=ahead, PDL=bool(options), num_warps=tile.warps, **options)
     return out
@@ -75,26 +88,31 @@ def join(x: Tensor, weight: Tensor, residual: Tensor, eps: float, plus: bool, ah
     return out
 
 
-def _joined(x: Tensor, weight: Tensor, residual: Tensor, out: Tensor, eps: float, plus: bool, ahead: bool) -> Tensor:
-    """out: [rows, columns], and what it becomes."""
-    columns, pdl = len(weight), early(x.device)
-    _join[(len(x),)](x, weight, residual, out, x.stride(0), residual.stride(0), out.stride(0), eps, COLUMNS=columns,
-                     BLOCK=triton.next_power_of_2(columns), PLUS=plus, EARLY=ahead, PDL=pdl, num_warps=8,
-                     **({"launch_pdl": True} if pdl else {}))
+def _joined(x: Tensor, weight: Tensor, residual: Tensor | None, out: Tensor, eps: float, plus: bool, ahead: bool
+            ) -> Tensor:
+    """norm(x), added to the residual if there is one. out: [rows, columns], and what it becomes."""
+    columns, pdl, more = len(weight), early(x.device), x if residual is None else residual
+    _join[(len(x),)](x, weight, more, out, x.stride(0), more.stride(0), out.stride(0), eps, COLUMNS=columns,
+                     BLOCK=triton.next_power_of_2(columns), ADDED=residual is not None, PLUS=plus, EARLY=ahead,
+                     PDL=pdl, num_warps=8, **({"launch_pdl": True} if pdl else {}))
     return out
 
 
 @triton.jit
-def _tile(x, block, first, rows, ROW: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr, ALL: tl.constexpr):
-    """Eight rows from `first` on (of the `rows` there are, if not ALL) and 32 columns a warp: [8, WARPS, 32]."""
+def _tile(x, block, first, rows, ROW: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr):
+    """Eight rows from `first` on, of the `rows` there are, and 32 columns a warp: [8, WARPS, 32]."""
     row = first + tl.arange(0, 8)[:, None, None]
     column = block * 32 * WARPS + tl.arange(0, WARPS)[None, :, None] * 32 + tl.arange(0, 32)[None, None]
-    place = x + row * ROW + column
-    if ALL and COLUMNS % (32 * WARPS) == 0:
-        return tl.load(place)
-    elif ALL:
-        return tl.load(place, mask=(column < COLUMNS) & (row >= first), other=0.0)
-    return tl.load(place, mask=(column < COLUMNS) & (row < rows), other=0.0)
+    inside = row < rows if COLUMNS % (32 * WARPS) == 0 else (column < COLUMNS) & (row < rows)
+    return tl.load(x + row * ROW + column, mask=inside, other=0.0)
+
+
+@triton.jit
+def _halves(x, block, rows, ROW: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr, HALVES: tl.constexpr):
+    halves = (_tile(x, block, 0, rows, ROW, COLUMNS, WARPS),)
+    if HALVES > 1:
+        halves = halves + (_tile(x, block, 8, rows, ROW, COLUMNS, WARPS),)  # noqa: RUF005
+    return halves
 
 
 @triton.jit
@@ -124,15 +142,18 @@ def _sorted(tile, WARPS: tl.constexpr):
 
 
 @triton.jit
-def _squares(tile):
-    return tl.sum(tile.to(tl.float32) * tile.to(tl.float32), 2)
+def _operand(tile, weight, NORM: tl.constexpr, PLUS: tl.constexpr, WARPS: tl.constexpr):
+    if NORM:
+        gain = weight.to(tl.float32)
+        if PLUS:
+            gain += 1.0
+        tile = (tile.to(tl.float32) * gain).to(tile.dtype)
+    return _sorted(tile, WARPS)
 
 
 @triton.jit
-def _operand(tile, scale, weight, HALF: tl.constexpr, NORM: tl.constexpr, PLUS: tl.constexpr, WARPS: tl.constexpr):
-    if NORM:
-        tile = _normed(tile, scale[:, None, None], weight, PLUS).to(tile.dtype)
-    return _sorted(tile, WARPS)
+def _squared(tile):
+    return tile.to(tl.float32) * tile.to(tl.float32)
 
 
 @triton.jit
@@ -143,7 +164,7 @@ def _both(low, high, WARPS: tl.constexpr):
 @triton.jit
 def _product(x, norm, added, out, w0, w1, w2, b0, b1, b2, start1, start2, size0, size1, size2, eps, rows,
              X_ROW: tl.constexpr, ADDED_ROW: tl.constexpr, OUT_ROW: tl.constexpr, COLUMNS: tl.constexpr,
-             GROUPS: tl.constexpr, AHEAD: tl.constexpr, WARPS: tl.constexpr, HALVES: tl.constexpr, KEPT: tl.constexpr,
+             GROUPS: tl.constexpr, AHEAD: tl.constexpr, NEAR: tl.constexpr, WARPS: tl.constexpr, HALVES: tl.constexpr,
              WEIGHTS: tl.constexpr, NORM: tl.constexpr, PLUS: tl.constexpr, BIASES: tl.constexpr, ACT: tl.constexpr,
              ADDED: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr):
     BLOCKS: tl.constexpr = (COLUMNS + 32 * WARPS - 1) // (32 * WARPS)
@@ -175,28 +196,19 @@ def _product(x, norm, added, out, w0, w1, w2, b0, b1, b2, start1, start2, size0,
             tiles = tiles + (_step(w, block, GROUPS, COLUMNS, WARPS),)  # noqa: RUF005
             if GATE:
                 others = others + (_step(other, block, GROUPS, COLUMNS, WARPS),)  # noqa: RUF005
+    gains, squares, squares2 = (0,), 0.0, 0.0
+    if NORM:
+        gains = (_tile(norm, 0, 0, 8, 0, COLUMNS, WARPS),)
+        for block in tl.static_range(1, NEAR):
+            if block < BLOCKS:
+                gains = gains + (_tile(norm, block, 0, 8, 0, COLUMNS, WARPS),)  # noqa: RUF005
+        squares = tl.zeros([8, WARPS, 32], tl.float32)
+        squares2 = tl.zeros([8, WARPS, 32], tl.float32)
     _begin(EARLY, PDL)
-    low, high, scale_low, scale_high = (0,), (0,), 1.0, 1.0
-    if KEPT or NORM:
-        one = _tile(x, 0, 0, rows, X_ROW, COLUMNS, WARPS, False)
-        low, squares = (one,), one.to(tl.float32) * one.to(tl.float32)
-        if HALVES > 1:
-            two = _tile(x, 0, 8, rows, X_ROW, COLUMNS, WARPS, False)
-            high, squares2 = (two,), two.to(tl.float32) * two.to(tl.float32)
-        for block in tl.static_range(1, BLOCKS):
-            one = _tile(x, block, 0, rows, X_ROW, COLUMNS, WARPS, False)
-            squares += one.to(tl.float32) * one.to(tl.float32)
-            if KEPT:
-                low = low + (one,)  # noqa: RUF005
-            if HALVES > 1:
-                two = _tile(x, block, 8, rows, X_ROW, COLUMNS, WARPS, False)
-                squares2 += two.to(tl.float32) * two.to(tl.float32)
-                if KEPT:
-                    high = high + (two,)  # noqa: RUF005
-        if NORM:
-            scale_low = tl.rsqrt(tl.sum(tl.sum(squares, 2), 1) / COLUMNS + eps)
-            if HALVES > 1:
-                scale_high = tl.rsqrt(tl.sum(tl.sum(squares2, 2), 1) / COLUMNS + eps)
+    near = (_halves(x, 0, rows, X_ROW, COLUMNS, WARPS, HALVES),)
+    for block in tl.static_range(1, NEAR):
+        if block < BLOCKS:
+            near = near + (_halves(x, block, rows, X_ROW, COLUMNS, WARPS, HALVES),)  # noqa: RUF005
     sums = (tl.zeros([WARPS, 16, 8], tl.float32),)
     for _ in tl.static_range(1, GROUPS):
         sums = sums + (tl.zeros([WARPS, 16, 8], tl.float32),)  # noqa: RUF005
@@ -206,20 +218,19 @@ def _product(x, norm, added, out, w0, w1, w2, b0, b1, b2, start1, start2, size0,
             tiles = tiles + (_step(w, block + AHEAD, GROUPS, COLUMNS, WARPS),)  # noqa: RUF005
             if GATE:
                 others = others + (_step(other, block + AHEAD, GROUPS, COLUMNS, WARPS),)  # noqa: RUF005
-        weight = 0
+        if block + NEAR < BLOCKS:
+            near = near + (_halves(x, block + NEAR, rows, X_ROW, COLUMNS, WARPS, HALVES),)  # noqa: RUF005
+            if NORM:
+                gains = gains + (_tile(norm, block + NEAR, 0, 8, 0, COLUMNS, WARPS),)  # noqa: RUF005
+        gain = 0
         if NORM:
-            weight = _tile(norm, block, 0, 8, 0, COLUMNS, WARPS, True)
-        if KEPT:
-            one = low[block]
-        else:
-            one = _tile(x, block, 0, rows, X_ROW, COLUMNS, WARPS, False)
-        first = _operand(one, scale_low, weight, 0, NORM, PLUS, WARPS)
+            gain = gains[block]
+            squares += _squared(near[block][0])
+        first = _operand(near[block][0], gain, NORM, PLUS, WARPS)
         if HALVES > 1:
-            if KEPT:
-                two = high[block]
-            else:
-                two = _tile(x, block, 8, rows, X_ROW, COLUMNS, WARPS, False)
-            both = _both(first, _operand(two, scale_high, weight, 1, NORM, PLUS, WARPS), WARPS)
+            if NORM:
+                squares2 += _squared(near[block][1])
+            both = _both(first, _operand(near[block][1], gain, NORM, PLUS, WARPS), WARPS)
         else:
             both = _both(first, tl.zeros_like(first), WARPS)
         sums = _added(sums, both, tiles[block], GROUPS, WARPS)
@@ -227,15 +238,19 @@ def _product(x, norm, added, out, w0, w1, w2, b0, b1, b2, start1, start2, size0,
             sums2 = _added(sums2, both, others[block], GROUPS, WARPS)
     token = tl.arange(0, 16)[:, None]
     dtype = out.dtype.element_ty
+    scale = 1.0
+    if NORM:
+        square = tl.join(tl.sum(tl.sum(squares, 2), 1), tl.sum(tl.sum(squares2, 2), 1))
+        scale = tl.rsqrt(tl.reshape(tl.permute(square, 1, 0), [16, 1]) / COLUMNS + eps)
     for group in tl.static_range(0, GROUPS):
         where = row + group * 8 + tl.arange(0, 8)[None]
         inside = where < size
-        result = tl.sum(sums[group], 0)
+        result = tl.sum(sums[group], 0) * scale
         if BIASES:
             result += tl.load(b + where, mask=inside & (where < size * has), other=0.0).to(tl.float32)
         result = result.to(dtype).to(tl.float32)
         if GATE:
-            second = tl.sum(sums2[group], 0)
+            second = tl.sum(sums2[group], 0) * scale
             if BIASES > 1:
                 second += tl.load(b1 + where, mask=inside, other=0.0).to(tl.float32)
             result = _activate(result, ACT).to(dtype).to(tl.float32) * second.to(dtype).to(tl.float32)
@@ -255,13 +270,14 @@ def _added(sums, x, tiles, GROUPS: tl.constexpr, WARPS: tl.constexpr):
 
 @triton.jit
 def _join(x, weight, residual, out, x_row, residual_row, out_row, eps, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
-          PLUS: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr):
+          ADDED: tl.constexpr, PLUS: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr):
     column, row = tl.arange(0, BLOCK), tl.program_id(0)
     there = column < COLUMNS
     its = tl.load(weight + column, mask=there, other=0.0)
     _begin(EARLY, PDL)
     part = tl.load(x + row * x_row + column, mask=there, other=0.0)
-    before = tl.load(residual + row * residual_row + column, mask=there, other=0.0)
     scale = tl.rsqrt(tl.sum(part.to(tl.float32) * part.to(tl.float32), 0) / COLUMNS + eps)
-    tl.store(out + row * out_row + column, (before.to(tl.float32) + _normed(part, scale, its, PLUS)).to(part.dtype),
-             mask=there)
+    sum = _normed(part, scale, its, PLUS)
+    if ADDED:
+        sum += tl.load(residual + row * residual_row + column, mask=there, other=0.0).to(tl.float32)
+    tl.store(out + row * out_row + column, sum.to(part.dtype), mask=there)

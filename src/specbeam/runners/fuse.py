@@ -123,7 +123,7 @@ def _tokens(x: Tensor) -> int:
 def few(x: Tensor) -> bool:
     """Whether the products of several tokens [..., columns] are for these operations: in fp32 the tensor cores are
     not."""
-    return _tokens(x) <= MOST_TOKENS and (x.dtype != torch.float32 or not x.is_cuda) or _tokens(x) == 1
+    return _tokens(x) == 1 or (_tokens(x) <= MOST_TOKENS and (x.dtype != torch.float32 or not x.is_cuda))
 
 
 library.impl("linear", _linear, "CompositeImplicitAutograd")
@@ -215,8 +215,8 @@ def attend(before: Callable[..., Any]) -> Callable[..., Any]:
     def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
                dropout: float = 0.0, scaling: float | None = None, **options: Any) -> Any:
         unknown = any(options.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))
-        if (query.shape[0] * query.shape[2] > MOST_TOKENS or attention_mask is None or attention_mask.dtype != torch.bool
-                or attention_mask.shape[1] != 1 or unknown or dropout or value.shape != key.shape):
+        if (query.shape[0] * query.shape[2] > MOST_TOKENS or attention_mask is None
+                or attention_mask.dtype != torch.bool or attention_mask.shape[1] != 1 or unknown or dropout or value.shape != key.shape):
             return before(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options)
         scale = query.shape[3] ** -0.5 if scaling is None else float(scaling)
         return ops.attention.default(query, key, value, attention_mask, scale), None
