@@ -161,7 +161,7 @@ def _both(low, high, WARPS: tl.constexpr):
     return tl.reshape(tl.permute(tl.join(low, high), 0, 3, 1, 2), [WARPS, 16, 32])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _product(x, norm, added, out, w0, w1, w2, b0, b1, b2, start1, start2, size0, size1, size2, eps, rows,
              X_ROW: tl.constexpr, ADDED_ROW: tl.constexpr, OUT_ROW: tl.constexpr, COLUMNS: tl.constexpr,
              GROUPS: tl.constexpr, AHEAD: tl.constexpr, NEAR: tl.constexpr, WARPS: tl.constexpr, HALVES: tl.constexpr,

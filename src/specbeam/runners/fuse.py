@@ -216,7 +216,8 @@ def attend(before: Callable[..., Any]) -> Callable[..., Any]:
                dropout: float = 0.0, scaling: float | None = None, **options: Any) -> Any:
         unknown = any(options.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))
         if (query.shape[0] * query.shape[2] > MOST_TOKENS or attention_mask is None
-                or attention_mask.dtype != torch.bool or attention_mask.shape[1] != 1 or unknown or dropout or value.shape != key.shape):
+                or attention_mask.dtype != torch.bool or attention_mask.shape[1] != 1 or unknown or dropout
+                or value.shape != key.shape):
             return before(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options)
         scale = query.shape[3] ** -0.5 if scaling is None else float(scaling)
         return ops.attention.default(query, key, value, attention_mask, scale), None
