@@ -36,14 +36,18 @@ class Tiling:
 
 
 def tiling(size: int, columns: int, gated: bool, halves: int) -> Tiling:
-    """As measured on an H200, for products of 1 to 600 MB: small programs, and much of their weights ahead. size: rows
-    of weights; halves: of the sixteen rows, that are there."""
+    """As measured on an H200, for products of 1 to 600 MB: small programs, and much of their weights ahead; but not so
+    small that a row takes many steps, each of which is code of its own (64 of a gate compile for 50 s). size: rows of
+    weights; halves: of the sixteen rows, that are there."""
+    if gated and columns <= 1024:
+        return Tiling(1, 7, 7, 2)
     if gated:
-        return Tiling(1, 7, 7, 2) if columns <= 1024 else Tiling(2, 6, 6, 2) if halves == 1 else Tiling(1, 8, 8, 2)
-    if size >= 16384:
-        return Tiling(2, 16, 16, 2)
+        near, warps = (6, 2) if columns <= 2048 else (4, 4 if columns <= 4096 else 8)
+        return Tiling(2, 6, near, warps) if halves == 1 else Tiling(1, 8, near + 2 if warps == 2 else near, warps)
     if columns > 4096:
         return Tiling(1, 16, 8, 8)
+    if size >= 16384:
+        return Tiling(2, 16, 16, 2)
     return Tiling(1 if size <= 1024 or (halves > 1 and size <= 2048) else 2, 16, 8, 4)
 
 
