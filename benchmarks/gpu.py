@@ -17,7 +17,7 @@ import argparse
 import gc
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import product
@@ -219,16 +219,15 @@ def make(settings: Any, target: Any, draft: Any, request: Any, vocabulary: int) 
     return Oracle(settings.depth)
 
 
-def formula(runner: str, repeats: int, lengths: list[int], shares: list[float], save: Callable[[Any], None]
-            ) -> None:
+def formula(runner: str, repeats: int, lengths: list[int], shares: list[float], drafters: list[str], new: int,
+            save: Callable[[Any], None]) -> None:
     """Measured speed-up of speculation beside (1 - α^(γ+1)) / (1 - α) ÷ (γ c + v), with measured α, c and v."""
-    DRAFTERS["oracle"] = __name__
     target, draft, after = pair(0.8)
     given = prompt(target)
     eager = specbeam.greedy_generate(target, given, max_new_tokens=64).tokens[0]
     used = [specbeam.use_runner(model, runner) for model in (target, draft)]
-    plain, out = decode_rate(lambda: specbeam.greedy_generate(target, given, max_new_tokens=480), repeats)
-    alone, _ = decode_rate(lambda: specbeam.greedy_generate(draft, given, max_new_tokens=480), repeats)
+    plain, out = decode_rate(lambda: specbeam.greedy_generate(target, given, max_new_tokens=new), repeats)
+    alone, _ = decode_rate(lambda: specbeam.greedy_generate(draft, given, max_new_tokens=new), repeats)
     ratio = read_bytes(draft) / read_bytes(target)
     found: dict[str, Any] = {
         "runner": used, "plain_ms": 1000 / plain, "draft_step_ms": 1000 / alone, "step_ratio": plain / alone,
@@ -236,33 +235,40 @@ def formula(runner: str, repeats: int, lengths: list[int], shares: list[float], 
     print(f"{runner}: plain {1000 / plain:.3f} ms, draft step {1000 / alone:.3f} ms = {plain / alone:.3f} of it, bytes "
           f"{ratio:.3f}", flush=True)
     for gamma in lengths:
-        for share, drafter in product(shares, ("draft_model", "oracle")):
-            wrong = agreeing(after, share)
-            follow(draft, wrong)
-            Oracle.after, Oracle.drafts = after.tolist(), wrong.tolist()
-            call = partial(specbeam.speculative_generate, target, draft, given, draft_length=gamma, drafter=drafter,
-                           max_new_tokens=480)
-            rate, spoken = decode_rate(call, repeats, warm=int(share == shares[0]))
-            trace = spoken.trace[0]
-            whole = [one for one in trace.rounds if one.drafted == gamma]
-            accepted = sum(one.accepted for one in whole)
-            alpha = accepted / (accepted + sum(one.accepted < gamma for one in whole))
-            expected = (1 - alpha ** (gamma + 1)) / (1 - alpha) if alpha < 1 else gamma + 1
-            step = 1 / plain
-            draft_cost = trace.draft_seconds / len(trace.rounds) / step
-            verify_cost = trace.verify_seconds / len(trace.rounds) / step
-            predicted = expected / (draft_cost + verify_cost)
-            row = {"draft_length": gamma, "share": share, "drafter": drafter, "acceptance": alpha,
-                   "speedup": rate / plain, "predicted": predicted, "draft_cost": draft_cost / gamma,
-                   "verify_cost": verify_cost,
-                   "mean_accepted_length": sum(one.committed for one in trace.rounds) / len(trace.rounds),
-                   "expected_length": expected, "same_as_plain": spoken.tokens[0] == out.tokens[0]}
+        for share, drafter in product(shares, drafters):
+            row = speculated(target, draft, given, after, gamma, share, drafter, 1 / plain, out.tokens[0], repeats,
+                             warm=int(share == shares[0]))
             found["rows"].append(row)
             save(found)
-            print(f"{drafter:11} γ {gamma:2} right {share:.1f} (α {alpha:.2f}): {row['speedup']:.2f} × plain, formula "
-                  f"{predicted:.2f} ({row['speedup'] / predicted:.3f}), c {row['draft_cost']:.3f}, verify "
-                  f"{verify_cost:.3f}, same {row['same_as_plain']}", flush=True)
     free()
+
+
+def speculated(target: hf.PreTrainedModel, draft: hf.PreTrainedModel, given: torch.Tensor, after: torch.Tensor,
+               gamma: int, share: float, drafter: str, step: float, plain: list[int], repeats: int, warm: int
+               ) -> dict[str, Any]:
+    """One row of `formula`. step: seconds of a plain step; plain: the tokens that plain decoding gave."""
+    wrong = agreeing(after, share)
+    follow(draft, wrong)
+    DRAFTERS["oracle"], Oracle.after, Oracle.drafts = __name__, after.tolist(), wrong.tolist()
+    call = partial(specbeam.speculative_generate, target, draft, given, draft_length=gamma, drafter=drafter,
+                   max_new_tokens=len(plain))
+    rate, spoken = decode_rate(call, repeats, warm)
+    trace = spoken.trace[0]
+    whole = [one for one in trace.rounds if one.drafted == gamma]
+    accepted = sum(one.accepted for one in whole)
+    alpha = accepted / (accepted + sum(one.accepted < gamma for one in whole))
+    expected = (1 - alpha ** (gamma + 1)) / (1 - alpha) if alpha < 1 else gamma + 1
+    draft_cost = trace.draft_seconds / len(trace.rounds) / step
+    verify_cost = trace.verify_seconds / len(trace.rounds) / step
+    predicted = expected / (draft_cost + verify_cost)
+    row = {"draft_length": gamma, "share": share, "drafter": drafter, "acceptance": alpha, "speedup": rate * step,
+           "predicted": predicted, "draft_cost": draft_cost / gamma, "verify_cost": verify_cost,
+           "mean_accepted_length": sum(one.committed for one in trace.rounds) / len(trace.rounds),
+           "expected_length": expected, "same_as_plain": spoken.tokens[0] == plain}
+    print(f"{drafter:11} γ {gamma:2} right {share:.1f} (α {alpha:.2f}): {row['speedup']:.2f} × plain, formula "
+          f"{predicted:.2f} ({row['speedup'] / predicted:.3f}), c {row['draft_cost']:.3f}, verify {verify_cost:.3f}, "
+          f"same {row['same_as_plain']}", flush=True)
+    return row
 
 
 def batches(runner: str, repeats: int, rows: list[int], beams: list[int], save: Callable[[Any], None]) -> None:
@@ -273,28 +279,33 @@ def batches(runner: str, repeats: int, rows: list[int], beams: list[int], save: 
         specbeam.use_runner(model, runner)
     found: list[dict[str, Any]] = []
     for count in rows:
-        given, answers = prompt(target, count), {}
-        calls: dict[str, Callable[[], Any]] = {
-            "greedy": lambda given=given: specbeam.greedy_generate(target, given, max_new_tokens=96),
-            "speculative 4": lambda given=given: specbeam.speculative_generate(
-                target, draft, given, draft_length=4, max_new_tokens=96)}
-        for width in beams:
-            if count * width <= 256:
-                calls[f"beam {width}"] = lambda given=given, width=width: specbeam.beam_generate(
-                    target, given, num_beams=width, max_new_tokens=32)
-        for label, call in calls.items():
-            free()
-            torch.cuda.reset_peak_memory_stats()
-            rate, out = decode_rate(call, repeats if count < 16 else 2)
-            peak = torch.cuda.max_memory_allocated() - weights
-            answers[label] = out.tokens
-            row = {"batch": count, "method": label, "per_second": rate, "peak_gib": peak / 2**30}
-            if label == "speculative 4":
-                row["same_as_greedy"] = sum(a == b for a, b in zip(out.tokens, answers["greedy"], strict=True))
+        for row in of_batch(target, draft, count, beams, repeats if count < 16 else 2, weights):
             found.append(row)
             save({"runner": runner, "weights_gib": weights / 2**30, "rows": found})
-            print(f"batch {count:3} {label:14} {rate:9.0f} tokens/s, {peak / 2**30:6.2f} GiB beyond the weights "
-                  f"{row.get('same_as_greedy', '')}", flush=True)
+
+
+def of_batch(target: hf.PreTrainedModel, draft: hf.PreTrainedModel, count: int, beams: list[int], repeats: int,
+             weights: int) -> Iterator[dict[str, Any]]:
+    """The rows of `batches` for that many prompts. weights: bytes of memory that are not its own."""
+    given, greedy = prompt(target, count), []
+    calls: dict[str, Callable[[], Any]] = {
+        "greedy": lambda: specbeam.greedy_generate(target, given, max_new_tokens=96),
+        "speculative 4": lambda: specbeam.speculative_generate(target, draft, given, draft_length=4, max_new_tokens=96)}
+    for width in beams:
+        if count * width <= 256:
+            calls[f"beam {width}"] = partial(specbeam.beam_generate, target, given, num_beams=width, max_new_tokens=32)
+    for label, call in calls.items():
+        free()
+        torch.cuda.reset_peak_memory_stats()
+        rate, out = decode_rate(call, repeats)
+        peak = torch.cuda.max_memory_allocated() - weights
+        row = {"batch": count, "method": label, "per_second": rate, "peak_gib": peak / 2**30}
+        greedy = greedy or out.tokens
+        if label == "speculative 4":
+            row["same_as_greedy"] = sum(a == b for a, b in zip(out.tokens, greedy, strict=True))
+        print(f"batch {count:3} {label:14} {rate:9.0f} tokens/s, {peak / 2**30:6.2f} GiB beyond the weights "
+              f"{row.get('same_as_greedy', '')}", flush=True)
+        yield row
 
 
 def free() -> None:
@@ -310,6 +321,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--lengths", default="1,2,3,4,5,6,7,8,9,10")
     parser.add_argument("--shares", default="0.5,0.6,0.7,0.8,0.9")
+    parser.add_argument("--drafters", default="oracle,draft_model")
+    parser.add_argument("--new", type=int, default=480, help="tokens that formula asks for: fewer are fewer shapes")
     parser.add_argument("--batches", default="1,2,4,8,16,32,64")
     parser.add_argument("--beams", default="4,8")
     parser.add_argument("--out")
@@ -327,7 +340,8 @@ def main() -> None:
         limit(runners, asked.repeats, asked.models.split(","), partial(save, "limit"))
     if "formula" in parts:
         formula(runners[-1], asked.repeats, [int(n) for n in asked.lengths.split(",")],
-                [float(n) for n in asked.shares.split(",")], partial(save, "formula"))
+                [float(n) for n in asked.shares.split(",")], asked.drafters.split(","), asked.new,
+                partial(save, "formula"))
     if "batches" in parts:
         batches(runners[0], asked.repeats, [int(n) for n in asked.batches.split(",")],
                 [int(n) for n in asked.beams.split(",")], partial(save, "batches"))

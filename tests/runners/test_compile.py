@@ -63,6 +63,17 @@ def test_speculation_too(traced, caplog):
     assert not warnings(caplog)
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3-conditional", "phi3"])
+def test_trees_and_chains_of_several_tokens_too(name, traced, caplog):
+    target, draft, given = model(name), good_draft(name), prompts((5,))
+    calls = [lambda: specbeam.speculative_generate(target, draft, given, draft_length=6, max_new_tokens=20),
+             lambda: specbeam.beam_generate(target, given, num_beams=4, max_new_tokens=12)]
+    wanted = [call().tokens for call in calls]
+    traced(target)
+    assert [call().tokens for call in calls] == wanted
+    assert not warnings(caplog)
+
+
 def test_all_layers_share_what_was_traced(traced):
     target = model("llama")
     traced(target)
@@ -88,7 +99,7 @@ def test_what_cannot_be_compiled_is_recorded_instead_with_one_warning(monkeypatc
     target, given = tiny_model("stablelm", seed=3), prompts((5,))
     wanted = specbeam.greedy_generate(target, given, max_new_tokens=12).tokens
     monkeypatch.setattr(compiling, "make", lambda adapter, precision: graph.runner(
-        "compile", Recorder(), compiling.Layers(fails, fails)))
+        "compile", Recorder(), compiling.Layers(fails, fails, fails)))
     specbeam.use_runner(target, "compile")
     assert specbeam.greedy_generate(target, given, max_new_tokens=12).tokens == wanted
     assert warnings(caplog) == [

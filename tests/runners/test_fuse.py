@@ -15,6 +15,7 @@ from torch import nn
 import specbeam
 from specbeam.runners import choose, fuse
 from specbeam.runners import compile as compiling
+from specbeam.runners.graph import warming
 
 OPS = fuse.ops
 # Products, attention and what joins a norm to the residual, of one layer of one new token.
@@ -37,27 +38,49 @@ def layer(monkeypatch):
     monkeypatch.setattr(compiling, "make", lambda adapter, precision: compiling.by_layer(
         adapter, "aot_eager", None, Recorder(nullcontext)))
 
-    def trace(name):
+    def trace(name, new=1):
+        """Of so many new tokens of one row; rows of a batch, where it is a tuple."""
         target = model(name)
         choose._made.pop(target, None)
         specbeam.use_runner(target, "compile")
-        specbeam.greedy_generate(target, prompts((5,)), max_new_tokens=4)
+        if new == 1 or isinstance(new, tuple):
+            specbeam.greedy_generate(target, prompts((5,) if new == 1 else new), max_new_tokens=4)
+        else:
+            with warming():
+                specbeam.speculative_generate(target, target, prompts((5,)), draft_length=new - 1, max_new_tokens=20)
         choose.want_runner(target, "eager")
-        return max(seen, key=lambda one: len(one.find_nodes(op="placeholder")))
+        tokens = (1, new) if isinstance(new, int) else (len(new), 1)
+        return max((one for one in seen if any(
+            fuse._value(node) is not None and fuse._value(node).shape[:2] == tokens
+            for node in one.find_nodes(op="placeholder"))), key=lambda one: len(one.find_nodes(op="placeholder")))
 
     return trace
 
 
+@pytest.mark.parametrize("new", [1, 5, (5, 9, 7)], ids=["one token", "five tokens", "three rows"])
 @pytest.mark.parametrize("name", BECOMES)
-def test_a_layer_becomes_few_operations(name, layer):
-    found = Counter(node.target for node in layer(name).nodes)
+def test_a_layer_becomes_few_operations(name, new, layer):
+    found = Counter(node.target for node in layer(name, new).nodes)
     assert (found[OPS.product.default], found[OPS.attend.default], found[OPS.join.default]) == BECOMES[name]
 
 
+@pytest.mark.parametrize("new", [1, 5])
 @pytest.mark.parametrize(("name", "whole"), [("llama", True), ("gemma3-conditional", True), ("stablelm", False)])
-def test_only_where_all_is_ours_may_the_next_begin_at_once(name, whole, layer):
-    ahead = [node.args[-1] for node in layer(name).nodes if node.target in (OPS.product.default, OPS.attend.default)]
-    assert ahead == [whole] * len(ahead)
+def test_only_where_all_is_ours_may_the_next_begin_at_once(name, whole, new, layer):
+    ahead = [node.args[-1] for node in layer(name, new).nodes
+             if node.target in (OPS.product.default, OPS.attend.default)]
+    assert ahead and ahead == [whole] * len(ahead)
+
+
+def test_views_that_move_something_else_are_no_attention():
+    """With several tokens heads that were never transposed have the same shape, and mean something else."""
+    graph = torch.fx.Graph()
+    base = graph.placeholder("base")
+    base.meta["example_value"] = torch.empty(1, 4, 4 * 8)
+    right = graph.call_method("transpose", (graph.call_method("view", (base, (1, 4, 4, 8))), 1, 2))
+    wrong = graph.call_method("view", (base, (1, 4, 4, 8)))
+    assert fuse._moves(base, right, (1, 4, -1, 8), (0, 2, 1, 3))
+    assert not fuse._moves(base, wrong, (1, 4, -1, 8), (0, 2, 1, 3))
 
 
 def test_norms_are_known_by_what_they_do():
@@ -90,7 +113,7 @@ def test_attention_that_is_not_known_goes_where_it_went():
     assert not asked
     attend(nn.Identity(), query, key, key, mask, softcap=30.0)
     attend(nn.Identity(), query, key, key, mask.float())
-    attend(nn.Identity(), query.expand(2, -1, -1, -1), key.expand(2, -1, -1, -1), key.expand(2, -1, -1, -1), mask)
+    attend(nn.Identity(), *(one.expand(17, -1, -1, -1) for one in (query, key, key)), mask)
     assert len(asked) == 3
 
 

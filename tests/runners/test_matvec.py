@@ -14,7 +14,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from specbeam.runners import attend_one, fuse, matvec  # noqa: E402
+from specbeam.runners import attend_few, few_rows, fuse, matvec  # noqa: E402
 
 if DEVICE == "cpu" and not matvec._product.__class__.__name__.startswith("Interpreted"):
     pytest.skip("triton was imported before, for a GPU", allow_module_level=True)
@@ -68,10 +68,88 @@ def test_attention_with_the_new_slot(heads, key_heads, dim, view, here, normed):
     given = (q, k, v, q_norm, k_norm, 1e-6, True, angle.cos()[None, None], angle.sin()[None, None])
     rest = (torch.tensor([[here]], device=DEVICE), view, mask, dim**-0.5, False)
     mine, its = (keys.clone(), values.clone()), (keys.clone(), values.clone())
-    found, wanted = attend_one.attend(*given, *mine, *rest), fuse._attend(*given, *its, *rest)
+    found, wanted = attend_few.attend(*given, *mine, *rest), fuse._attend(*given, *its, *rest)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(mine, its, rtol=1e-5, atol=1e-5)
     assert not torch.equal(mine[0], keys)
+
+
+def halves(*shape: int, seed: int = 0) -> torch.Tensor:
+    return some(*shape, seed=seed).half()  # the interpreter knows no bf16 products
+
+
+def of_few(given: tuple, **options) -> None:
+    """few_rows.product gives what the plain one gives in fp64."""
+    wide = [one.double() if isinstance(one, torch.Tensor) else one for one in given]
+    wide[6], wide[7] = ([None if one is None else one.double() for one in given[at]] for at in (6, 7))
+    found, wanted = few_rows.product(*given, **options).double(), fuse._product(*wide)
+    assert found.shape == wanted.shape and (found - wanted).norm() < 2e-3 * wanted.norm()
+    for row in range(found.shape[1]):  # none of them is another's
+        assert (found[:, row] - wanted[:, row]).norm() < 2e-3 * wanted[:, row].norm()
+
+
+@pytest.mark.parametrize("plus", [False, True], ids=["weight", "one plus weight"])
+@pytest.mark.parametrize("late", [False, True], ids=["norm first", "norm's scale last"])
+@pytest.mark.parametrize(("rows", "columns"), [(2, 64), (6, 520), (9, 2056), (16, 96)])
+def test_several_rows_norm_and_three_weights_with_biases(rows, columns, late, plus):
+    weights = [halves(size, columns) * columns**-0.5 for size in (40, 8, 24)]
+    of_few((halves(1, rows, columns), None, None, halves(columns, seed=1), 1e-6, plus, weights,
+            [halves(40), None, halves(24)], "", None, False), late=late, tile=few_rows.Tiling(2, 3, 2, 4))
+
+
+@pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("rows", [3, 11])
+def test_several_rows_a_gate_behind_a_norm_of_a_sum_with_a_norm(rows, act):
+    weights = [halves(48, 520, seed=n) * 520**-0.5 for n in (1, 2)]
+    of_few((halves(1, rows, 520), halves(520, seed=3), halves(1, rows, 520, seed=4), halves(520, seed=5), 1e-6, True,
+            weights, [None, halves(48)], act, None, False))
+
+
+@pytest.mark.parametrize("columns", [72, 5000])
+def test_several_rows_of_a_wider_tensor_and_a_product_that_is_added(columns):
+    wider = halves(4, 2, columns + 64)  # rows of a batch, and a part of what an earlier product gave
+    of_few((wider[..., :columns], None, None, None, 0.0, False, [halves(56, columns) * columns**-0.5], [None], "",
+            halves(4, 2, 56).flatten(0, 1)[None].view(4, 2, 56), False))
+
+
+def test_several_norms_that_are_added():
+    given = (halves(1, 5, 96), halves(96), halves(1, 5, 96, seed=1), 1e-6, True, False)
+    torch.testing.assert_close(few_rows.join(*given), fuse._join(*given), rtol=1e-2, atol=1e-2)
+
+
+def several(new_slots, heads, key_heads, dim, view, normed, seed=0):
+    """What `attend` is given for a tree: each new token sees itself, an older one of its branch, and some slots."""
+    slot = torch.tensor(new_slots, device=DEVICE)
+    [rows, new] = slot.shape
+    together = some(rows, new, (heads + 2 * key_heads) * dim)
+    q, k, v = together.split([heads * dim, key_heads * dim, key_heads * dim], -1)
+    buffers = [some(rows, key_heads, view + 9, dim, seed=n) for n in (3, 4)]
+    angle = torch.rand(rows, new, dim // 2, generator=torch.Generator().manual_seed(seed)).repeat(1, 1, 2).to(DEVICE)
+    mask = (torch.rand(rows, 1, new, view, generator=torch.Generator().manual_seed(seed)) < 0.3).to(DEVICE)
+    mask.scatter_(3, slot[:, None, None].expand(-1, -1, new, -1), False)  # of the new ones only its own branch
+    mask.scatter_(3, slot[:, None, :, None], True)
+    for token in range(2, new):
+        mask[:, 0, token].scatter_(1, slot[:, token - 2, None], True)
+    norms = (some(dim, seed=5), some(dim, seed=6)) if normed else (None, None)
+    return [q, k, v, *norms, 1e-6, True, angle.cos(), angle.sin()], buffers, [slot, view, mask, dim**-0.5, False]
+
+
+@pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed heads"])
+@pytest.mark.parametrize(("new_slots", "heads", "key_heads", "dim", "view"), [
+    ([[100, 101, 102, 103, 104]], 4, 2, 16, 256), ([[254, 7, 255, 256, 300, 20, 5, 383, 0]], 16, 2, 32, 384),
+    ([[*range(120, 136)]], 7, 1, 128, 300), ([[1, 2, 3], [200, 9, 255], [0, 255, 7]], 4, 2, 80, 256),
+    ([[9 * row] for row in range(16)], 4, 4, 64, 256)], ids=["chain", "scattered", "sixteen", "ragged rows", "batch"])
+def test_attention_of_several_tokens_under_a_trees_mask(new_slots, heads, key_heads, dim, view, normed):
+    given, buffers, rest = several(new_slots, heads, key_heads, dim, view, normed)
+    mine, its = [one.clone() for one in buffers], [one.clone() for one in buffers]
+    found, wanted = attend_few.attend(*given, *mine, *rest), fuse._attend(*given, *its, *rest)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(mine, its, rtol=1e-5, atol=1e-5)
+    broken = rest[2].clone()  # a token that sees its sibling, or misses an ancestor, shows
+    broken[:, 0, -1, new_slots[0][-1] - 1 if new_slots[0][-1] else 1] ^= True
+    other = attend_few.attend(*given, *[one.clone() for one in buffers], *rest[:2], broken, *rest[3:])
+    assert (other - wanted).abs().amax() > 1e-3
+    torch.testing.assert_close(other[:, :-1], wanted[:, :-1], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [50, 4096, 9000])

@@ -64,6 +64,17 @@ def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attenti
 
 
 @triton.jit
+def _more(best, total, mean, q, k, v, seen, SCALE: tl.constexpr):
+    """The running softmax of rows q, with some more keys and values; seen: [rows, keys]."""
+    score = tl.where(seen, tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE, -1e30)
+    better = tl.maximum(best, tl.max(score, 1))
+    weight = tl.where(seen, tl.exp(score - better[:, None]), 0.0)
+    shrink = tl.exp(best - better)
+    mean = mean * shrink[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
+    return better, total * shrink + tl.sum(weight, 1), mean
+
+
+@triton.jit
 def _attend(query, key, value, mask, found, sums, new, q_row, q_head, q_new, k_row, k_head, k_slot, v_row, v_head,
             v_slot, m_row, m_new, SCALE: tl.constexpr, SLOTS: tl.constexpr, SHARE: tl.constexpr, GROUP: tl.constexpr,
             DIM: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
@@ -84,13 +95,7 @@ def _attend(query, key, value, mask, found, sums, new, q_row, q_head, q_new, k_r
         within = there[:, None] & inside[None]
         k = tl.load(key + row * k_row + head * k_head + slot[:, None] * k_slot + dim[None], mask=within, other=0.0)
         v = tl.load(value + row * v_row + head * v_head + slot[:, None] * v_slot + dim[None], mask=within, other=0.0)
-        score = tl.where(seen, tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE, -1e30)
-        better = tl.maximum(best, tl.max(score, 1))
-        weight = tl.where(seen, tl.exp(score - better[:, None]), 0.0)
-        shrink = tl.exp(best - better)
-        total = total * shrink + tl.sum(weight, 1)
-        mean = mean * shrink[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
-        best = better
+        best, total, mean = _more(best, total, mean, q, k, v, seen, SCALE)
     out = ((part * tl.num_programs(0) + row) * new + token) * (tl.num_programs(1) * GROUP) + head * GROUP + member
     tl.store(found + out[:, None] * WIDE + dim[None], mean, mask=real[:, None])
     tl.store(sums + out * 2, best, mask=real)

@@ -26,7 +26,7 @@ from specbeam.runners.graph import Slots
 
 # One row's product is a sum over rows of weights: with this, inductor writes it as such, and tunes how.
 # Tuning takes most of the time of compiling (20 s a shape and more): it is for plain steps alone.
-_CUDA: dict[str, Any] = {"coordinate_descent_tuning": True}
+_TUNED: dict[str, Any] = {"coordinate_descent_tuning": True}
 _CPU: dict[str, Any] = {"freezing": True}
 
 
@@ -34,7 +34,7 @@ def make(adapter: Adapter, precision: str | None = None) -> Runner:
     """Raises RuntimeError, with the reason, for a model whose layers cannot be found."""
     if adapter.device.type == "cuda":
         graph.check_device(adapter)
-        return by_layer(adapter, "inductor", _CUDA | _early(adapter.device), graph.OnCuda())
+        return by_layer(adapter, "inductor", _early(adapter.device), graph.OnCuda(), _TUNED)
     return graph.runner("compile", None, Whole(torch.compile(_forward, fullgraph=True, dynamic=False, options=_CPU)))
 
 
@@ -46,12 +46,14 @@ def _early(device: torch.device) -> dict[str, Any]:
     return {"triton.enable_pdl": True} if able else {}
 
 
-def by_layer(adapter: Adapter, backend: str, options: dict[str, Any] | None, record: graph.Record | None) -> Runner:
-    """The runner that compiles one decoder layer for all."""
+def by_layer(adapter: Adapter, backend: str, options: dict[str, Any] | None, record: graph.Record | None,
+             tuned: dict[str, Any] | None = None) -> Runner:
+    """The runner that compiles one decoder layer for all. options: of few tokens; tuned: also for one alone."""
     norms = fuse.norms(_layers(adapter.model))
     compiled = partial(torch.compile, fullgraph=True, dynamic=False)
-    one, more = compiled(_run, backend=_fusing(backend), options=options), compiled(_run_more, backend=backend)
-    ways = Layers(one, more, norms)
+    one = compiled(_run, backend=_fusing(backend), options=options if tuned is None else {**(options or {}), **tuned})
+    few = compiled(_run_few, backend=_fusing(backend), options=options)
+    ways = Layers(one, few, compiled(_run_more, backend=backend), norms)
     return graph.runner("compile", record, ways, *([graph.own_attention] if record else []))
 
 
@@ -72,9 +74,11 @@ def _fusing(backend: str) -> Callable[..., Any]:
 class Layers:
     """Within it, every decoder layer of the model is the compiled one."""
 
-    def __init__(self, one: Callable[..., Any], more: Callable[..., Any], norms: dict[type, type] | None = None):
-        """Compiled: for one token of one row, and for more. norms: classes that are fuse.py's Norm or PlusNorm."""
-        self.one, self.more, self.known = one, more, {nn.Linear: fuse.Product, **(norms or {})}
+    def __init__(self, one: Callable[..., Any], few: Callable[..., Any], more: Callable[..., Any],
+                 norms: dict[type, type] | None = None):
+        """Compiled: for one token of one row, for what fuse.py calls few, and for more. norms: classes that are its
+        Norm or PlusNorm."""
+        self.one, self.few, self.more, self.known = one, few, more, {nn.Linear: fuse.Product, **(norms or {})}
 
     @contextmanager
     def __call__(self, adapter: Adapter, slots: Slots) -> Iterator[None]:
@@ -121,7 +125,9 @@ class Layers:
 
     def _compiled(self, args: Any, options: dict[str, Any]) -> Callable[..., Any]:
         hidden = next((one for one in (*args, *options.values()) if isinstance(one, Tensor)), None)
-        return self.one if hidden is not None and hidden.numel() == hidden.shape[-1] else self.more
+        if hidden is None or hidden.numel() > fuse.MOST_TOKENS * hidden.shape[-1]:
+            return self.more
+        return self.one if hidden.numel() == hidden.shape[-1] else self.few
 
 
 @contextmanager
@@ -150,8 +156,13 @@ def _run(part: nn.Module, args: list[Any], options: dict[str, Any]) -> Any:
     return type(part).forward(part, *args, **options)
 
 
+# Each its own code: what dynamo keeps of the others is not looked at.
+def _run_few(part: nn.Module, args: list[Any], options: dict[str, Any]) -> Any:
+    return type(part).forward(part, *args, **options)
+
+
 def _run_more(part: nn.Module, args: list[Any], options: dict[str, Any]) -> Any:
-    return type(part).forward(part, *args, **options)  # its own code: what dynamo keeps of the other is not looked at
+    return type(part).forward(part, *args, **options)
 
 
 class Whole:

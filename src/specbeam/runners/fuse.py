@@ -1,16 +1,17 @@
-"""A traced decoder layer of one new token, put together again from few operations.
+"""A traced decoder layer of up to sixteen new tokens, put together again from few operations.
 
 Compiled or not, such a layer is a dozen small kernels, and each begins when the one before it has ended. Here products
 of one input become one operation that takes along the norm before it, the gate's activation and the sum behind it; and
-rotary embedding, the new slot and attention become another. On a GPU each is one or two kernels that read weights
-before it is their turn (matvec.py, attend_one.py). What is not as expected stays as it was, node by node.
+rotary embedding, the new slots and attention become another. On a GPU each is one or two kernels that read weights
+before it is their turn (matvec.py, few_rows.py, attend_few.py). What is not as expected stays as it was, node by node.
 
-The operations, of one row each:
+The operations, of [rows, new tokens, …] each, sixteen tokens in all at most:
 linear, norm: nn.Linear and RMSNorm (plus: times 1 + weight), as they are traced; taken apart again where they stay.
 product: concatenated (or, with `act`, act(first) · second) weights · norm(x); with `post` and `residual`, x is
     residual + post-norm(x) first, which then follows in the same tensor; `added` is added at the end.
-attend: of heads q, k, v [1, 1, heads · dim], normed and turned, over the slots with the new one, which is written.
-attention: the same of what is turned and written already, [1, heads, 1, dim].
+attend: of heads q, k, v [rows, new, heads · dim], normed and turned, over the slots with the new ones, which are
+    written.
+attention: the same of what is turned and written already, [rows, heads, new, dim].
 join: residual + norm(x).
 ahead: what comes next waits before it reads any result, so that it may begin before this one's turn has come.
 """
@@ -39,7 +40,7 @@ library.define("attention(Tensor query, Tensor key, Tensor value, Tensor mask, f
 ops = torch.ops.specbeam
 
 Node = Any  # an fx.Node: what its arguments are is known here, not to mypy
-MOST_WEIGHTS = 3
+MOST_WEIGHTS, MOST_TOKENS = 3, 16
 _ACTIVATIONS: dict[Any, str] = {functional.silu: "silu", functional.relu: "relu", torch._C._nn.gelu: "gelu"}
 _DTYPES = {torch.bfloat16, torch.float16, torch.float32}
 _VIEWS = {"view", "reshape", "transpose", "contiguous", "unsqueeze"}
@@ -48,6 +49,8 @@ _VIEWS = {"view", "reshape", "transpose", "contiguous", "unsqueeze"}
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """As inductor runs one row fastest: the input computed once, not again for every output, and a bias added to the
     sum in its kernel instead of choosing a library's."""
+    if x.numel() != x.shape[-1]:
+        return functional.linear(x, weight, bias)
     output = functional.linear(torch.ops._inductor_test.realize(x), weight)
     return output if bias is None else output + bias
 
@@ -81,13 +84,14 @@ def activate(name: str, x: Tensor) -> Tensor:
 def _attend(q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, plus: bool,
             cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slot: Tensor, view: int, mask: Tensor, scale: float,
             ahead: bool) -> Tensor:
-    dim = keys.shape[3]
-    q, k, v = (one.reshape(1, -1, 1, dim) for one in (q, k, v))
+    [rows, new], dim = slot.shape, keys.shape[3]
+    q, k, v = (one.reshape(rows, new, -1, dim).transpose(1, 2) for one in (q, k, v))
     q, k = q if q_norm is None else _norm(q, q_norm, eps, plus), k if k_norm is None else _norm(k, k_norm, eps, plus)
-    cos, sin = cos.view(1, 1, 1, dim), sin.view(1, 1, 1, dim)
+    cos, sin = cos.view(rows, 1, new, dim), sin.view(rows, 1, new, dim)
     q, k = (one * cos + torch.cat((-one[..., dim // 2 :], one[..., : dim // 2]), -1) * sin for one in (q, k))
-    keys[:, :, slot.flatten()] = k
-    values[:, :, slot.flatten()] = v
+    every = torch.arange(rows, device=slot.device)[:, None]
+    keys[every, :, slot] = k.transpose(1, 2)
+    values[every, :, slot] = v.transpose(1, 2)
     return _attention(q, keys[:, :, :view], values[:, :, :view], mask, scale)
 
 
@@ -100,30 +104,44 @@ def _join(x: Tensor, weight: Tensor, residual: Tensor, eps: float, plus: bool, a
     return residual + _norm(x, weight, eps, plus)
 
 
-def _on_gpu(name: str) -> Callable[..., Tensor]:
-    def call(*args: Any) -> Tensor:
-        from specbeam.runners import attend_one, matvec
+def _on_gpu(name: str, reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def call(x: Tensor, *args: Any) -> Tensor:
+        from specbeam.runners import attend_few, few_rows, matvec
 
-        return getattr(matvec if name in ("product", "join") else attend_one, name)(*args)
+        if name in ("attend", "attention"):
+            return getattr(attend_few, name)(x, *args)
+        if _tokens(x) == 1:
+            return getattr(matvec, name)(x, *args)
+        return (getattr(few_rows, name) if few(x) else reference)(x, *args)
     return call
+
+
+def _tokens(x: Tensor) -> int:
+    return x.numel() // x.shape[-1]
+
+
+def few(x: Tensor) -> bool:
+    """Whether the products of several tokens [..., columns] are for these operations: in fp32 the tensor cores are
+    not."""
+    return _tokens(x) == 1 or (_tokens(x) <= MOST_TOKENS and (x.dtype != torch.float32 or not x.is_cuda))
 
 
 library.impl("linear", _linear, "CompositeImplicitAutograd")
 library.impl("norm", _norm, "CompositeImplicitAutograd")
 for _name, _reference in (("product", _product), ("attend", _attend), ("attention", _attention), ("join", _join)):
     library.impl(_name, _reference, "CPU")
-    library.impl(_name, _on_gpu(_name), "CUDA")
+    library.impl(_name, _on_gpu(_name, _reference), "CUDA")
 
 
 @torch.library.register_fake("specbeam::product")
 def _(x, post, residual, norm, eps, plus, weights, biases, act, added, ahead):
     size = len(weights[0]) if act else sum(len(weight) for weight in weights)
-    return weights[0].new_empty(1, 1, size + (x.shape[-1] if post is not None else 0))
+    return weights[0].new_empty(*x.shape[:-1], size + (x.shape[-1] if post is not None else 0))
 
 
 @torch.library.register_fake("specbeam::attend")
 def _(q, k, v, q_norm, k_norm, eps, plus, cos, sin, keys, values, slot, view, mask, scale, ahead):
-    return q.new_empty(1, 1, q.numel() // keys.shape[3], keys.shape[3])
+    return q.new_empty(*slot.shape, q.numel() // slot.numel() // keys.shape[3], keys.shape[3])
 
 
 @torch.library.register_fake("specbeam::attention")
@@ -133,14 +151,14 @@ def _(query, key, value, mask, scale):
 
 @torch.library.register_fake("specbeam::join")
 def _(x, weight, residual, eps, plus, ahead):
-    return torch.empty_like(x)
+    return torch.empty_like(residual, memory_format=torch.contiguous_format)
 
 
 class Product(nn.Linear):
     """nn.Linear, to be found again."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.numel() != self.in_features:  # more than one row: a library's product
+        if input.dim() != 3 or not few(input):  # a library's product
             return super().forward(input)
         return ops.linear.default(input, self.weight, self.bias)
 
@@ -149,7 +167,7 @@ class Head(Product):
     """The output layer, outside of any trace."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if (input.dim() != 3 or input.numel() != self.in_features or self.in_features % 8 or self.out_features % 8
+        if (input.dim() != 3 or not few(input) or self.in_features % 8 or self.out_features % 8
                 or input.dtype != self.weight.dtype or input.dtype not in _DTYPES):
             return nn.Linear.forward(self, input)
         return ops.product.default(input, None, None, None, 0.0, False, [self.weight], [self.bias], "", None, False)
@@ -193,12 +211,13 @@ def norms(layers: list[Any]) -> dict[type, type]:
 
 
 def attend(before: Callable[..., Any]) -> Callable[..., Any]:
-    """transformers' attention interface: of one row's one token, to be found again; else what was there before."""
+    """transformers' attention interface: of few tokens, to be found again; else what was there before."""
     def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
                dropout: float = 0.0, scaling: float | None = None, **options: Any) -> Any:
         unknown = any(options.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))
-        if (query.shape[0] != 1 or query.shape[2] != 1 or attention_mask is None or attention_mask.dtype != torch.bool
-                or attention_mask.shape[1] != 1 or unknown or dropout or value.shape != key.shape):
+        if (query.shape[0] * query.shape[2] > MOST_TOKENS or attention_mask is None
+                or attention_mask.dtype != torch.bool or attention_mask.shape[1] != 1 or unknown or dropout
+                or value.shape != key.shape):
             return before(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options)
         scale = query.shape[3] ** -0.5 if scaling is None else float(scaling)
         return ops.attention.default(query, key, value, attention_mask, scale), None
@@ -236,7 +255,21 @@ def _is_ours(node: Node, views: bool = True) -> bool:
     if node.target in (ops.product.default, ops.attend.default, ops.join.default):
         return True
     return views and (node.op in ("placeholder", "output") or _is(node, operator.getitem)
-                      or (node.op == "call_method" and node.target in _VIEWS))
+                      or (_is_view(node) and not _copies(node)))
+
+
+def _is_view(node: Any) -> bool:
+    return isinstance(node, fx.Node) and node.op == "call_method" and node.target in _VIEWS
+
+
+def _copies(node: Node) -> bool:
+    """Whether what looks like a view may have to move something, which then is no kernel of ours."""
+    x = _value(node.args[0])
+    if x is None or not x.is_contiguous():
+        return True
+    if node.target == "transpose":
+        return all(x.shape[dim] > 1 for dim in node.args[1:])
+    return _is(node.args[0], operator.getitem) and _tokens(x) > 1  # a part of each token's numbers
 
 
 def _is(node: Any, target: Any) -> bool:
@@ -256,7 +289,7 @@ def _only(node: Node, *users: Node) -> bool:
 def _erase_dead(graph: fx.Graph) -> None:
     """What only reads and is not read itself."""
     for node in reversed(_nodes(graph)):
-        pure = ((_is_ours(node) and node.target is not ops.attend.default) or _is(node, operator.add)
+        pure = ((_is_ours(node) and node.target is not ops.attend.default) or _is_view(node) or _is(node, operator.add)
                 or _is(node, operator.mul)
                 or node.target in (torch.cat, operator.neg, ops.norm.default, ops.linear.default, *_ACTIVATIONS))
         if not node.users and pure and node.op not in ("placeholder", "output"):
@@ -342,8 +375,8 @@ def _fuse_join(graph: fx.Graph, node: Node) -> None:
     residual, normed = node.args
     if (getattr(normed, "target", None) is not ops.norm.default or not _only(normed, node)
             or not isinstance(residual, fx.Node) or _value(normed) is None
-            or _value(residual).shape != _value(normed).shape
-            or _value(normed).numel() != _value(normed.args[1]).numel()
+            or _value(residual).shape != _value(normed).shape or not few(_value(normed))
+            or _value(normed).shape[-1] != _value(normed.args[1]).numel()
             or _value(normed.args[1]).dtype != _value(normed).dtype or _value(normed).dtype not in _DTYPES):
         return
     x, weight, eps, plus = normed.args
@@ -359,22 +392,34 @@ def _fuse_attention(graph: fx.Graph, node: Node) -> None:
         return
     keys, values, view = key.args[0], value.args[0], key.args[1][2].stop
     new_k, new_v = _written(keys), _written(values)
-    if new_k is None or new_v is None or _value(keys).shape[0] != 1:
+    if new_k is None or new_v is None:
         return
-    q, k = _turn(query), _turn(_bare(new_k.args[2]))
+    written = _bare(new_k.args[2])
+    q, k = _turn(query), _turn(written)
     v = _bare(new_v.args[2])
-    if q is None or k is None or q[1:3] != k[1:3] or q[4:] != k[4:] or (q[3] is None) != (k[3] is None):
+    if q is None or k is None or q[1:3] != k[1:3] or q[4:6] != k[4:6] or (q[3] is None) != (k[3] is None):
         return
     slot = new_k.args[1][2]
-    if (slot is not new_v.args[1][2] or _value(slot).numel() != 1 or _value(v).dtype != _value(keys).dtype
-            or _value(keys).dtype not in _DTYPES):
+    if (slot is not new_v.args[1][2] or new_k.args[1][0] is not new_v.args[1][0]
+            or _value(slot).dim() != 2 or _value(slot).numel() > MOST_TOKENS
+            or _value(v).dtype != _value(keys).dtype or _value(keys).dtype not in _DTYPES):
         return
     cos, sin = q[1:3]
     if any(_value(one).dtype != _value(keys).dtype for one in (cos, sin, q[0], k[0]) if one is not None):
         return
-    if _value(cos).numel() != _value(keys).shape[3] or _value(mask).numel() != view:
+    [rows, new], dim = _value(slot).shape, _value(keys).shape[3]
+    if (_value(keys).shape[0] != rows or _value(new_k.args[1][0]).shape != (rows, 1)
+            or _value(cos).shape[-2:] != (new, dim) or _value(mask).shape != (rows, 1, new, view)
+            or any(_value(one).numel() != rows * new * dim for one in (cos, sin))
+            or any(_value(one[3]).numel() != dim for one in (q, k) if one[3] is not None)):
         return
-    eps, plus = q[4:]
+    of_heads, of_dims = ((rows, new, -1, dim), (0, 2, 1, 3)), ((rows, 1, new, dim), (0, 1, 2, 3))
+    moved = [(q[0], q[6], *of_heads), (k[0], k[6], *of_heads), (v, new_v.args[2], of_heads[0], (0, 1, 2, 3)),
+             (written, new_k.args[2], (rows, -1, new, dim), (0, 2, 1, 3)),
+             *((one, end, *of_dims) for one, end in ((cos, q[7]), (sin, q[8]), (cos, k[7]), (sin, k[8])))]
+    if not all(_moves(*one) for one in moved):
+        return
+    eps, plus = q[4:6]
     with graph.inserting_before(node):
         made = graph.call_function(ops.attend.default, (
             q[0], k[0], v, q[3], k[3], eps, plus, cos, sin, keys, values, slot, view, mask, scale, False))
@@ -392,14 +437,32 @@ def _written(slots: Any) -> Node | None:
 
 
 def _bare(node: Any) -> Any:
-    """Without views of it: with one token none of them moves anything."""
-    while isinstance(node, fx.Node) and node.op == "call_method" and node.target in _VIEWS:
+    """Without views of it: with one token none of them moves anything, with more `_moves` says what they do."""
+    while _is_view(node):
         node = node.args[0]
     return node
 
 
+def _moves(base: Node, end: Node, shape: tuple[int, ...], order: tuple[int, ...]) -> bool:
+    """Whether the views (and norms) from `base` to `end` do what base.view(shape).permute(order) does."""
+    between, node = [], end
+    while node is not base:
+        between.append(node)
+        node = node.args[0]
+    numbers = torch.arange(_value(base).numel())
+    index = numbers.view(_value(base).shape)
+    for node in reversed(between):
+        if node.target is not ops.norm.default:
+            if node.kwargs or node.all_input_nodes != [node.args[0]]:
+                return False
+            index = getattr(index, node.target)(*node.args[1:])
+    wanted = numbers.view(shape).permute(order)
+    return index.shape == wanted.shape and torch.equal(index, wanted)
+
+
 def _turn(node: Any) -> tuple | None:
-    """q · cos + rotate_half(q) · sin: what is turned, cos, sin, the weight of a norm before it, its eps and plus."""
+    """q · cos + rotate_half(q) · sin: what is turned, cos, sin, the weight of a norm before it, its eps and plus; and
+    the three as they are multiplied."""
     if not _is(node, operator.add) or not all(_is(one, operator.mul) for one in node.args):
         return None
     (x, cos), (turned, sin) = node.args[0].args, node.args[1].args
@@ -413,10 +476,10 @@ def _turn(node: Any) -> tuple | None:
     if (low.args[0].args != (x, (Ellipsis, slice(half, None, None)))
             or high.args != (x, (Ellipsis, slice(None, half, None)))):
         return None
-    x = _bare(x)
+    end, x = x, _bare(x)
     norm: tuple = (None, 0.0, False)
     if x.target is ops.norm.default:
         if x.args[1].op != "placeholder" or _value(x.args[1]).dtype != _value(x).dtype:
             return None
         norm, x = x.args[1:], _bare(x.args[0])
-    return x, _bare(cos), _bare(sin), *norm
+    return x, _bare(cos), _bare(sin), *norm, end, cos, sin

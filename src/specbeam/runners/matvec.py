@@ -84,6 +84,17 @@ def join(x: Tensor, weight: Tensor, residual: Tensor, eps: float, plus: bool, ah
 
 
 @triton.jit
+def _begin(EARLY: tl.constexpr, PDL: tl.constexpr):
+    """Wait for the kernel before this one, and let the next begin: before that (EARLY), or after."""
+    if PDL and EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    if PDL and not EARLY:  # what comes next may read what was written long before, without waiting
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def _normed(x, scale, weight, PLUS: tl.constexpr):
     """As transformers rounds it: Llama's norm rounds before the weight, Gemma's (PLUS) after it."""
     if PLUS:
@@ -188,12 +199,7 @@ def _product(x, post, residual, norm, added, out, w0, w1, w2, b0, b1, b2, start1
         norms = _parts(norm, COLUMNS, BLOCK, BLOCKS)
     if POST:
         posts = _parts(post, COLUMNS, BLOCK, BLOCKS)
-    if PDL and EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    if PDL and not EARLY:  # what comes next may read what was written long before, without waiting
-        tl.extra.cuda.gdc_launch_dependents()
+    _begin(EARLY, PDL)
     plus = 0.0
     if ADDED:
         plus = tl.load(added + where).to(tl.float32)
@@ -241,12 +247,7 @@ def _product(x, post, residual, norm, added, out, w0, w1, w2, b0, b1, b2, start1
 def _join(x, weight, residual, out, eps, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, PLUS: tl.constexpr,
           EARLY: tl.constexpr, PDL: tl.constexpr):
     its = _part(weight, 0, COLUMNS, BLOCK)
-    if PDL and EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    if PDL and not EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
+    _begin(EARLY, PDL)
     before, part = _part(residual, 0, COLUMNS, BLOCK), _part(x, 0, COLUMNS, BLOCK)
     sum = before.to(tl.float32) + _normed(part, _scale((part,), eps, COLUMNS, 1), its, PLUS)
     column = tl.arange(0, BLOCK)[None]
