@@ -93,7 +93,7 @@ def decode(world: World, answers: list[Answer], gamma: int | str, pair: tuple[Mo
     settings = Settings(draft_length=gamma or 1)
     length = Length(settings, *pair, len(live), NEW, max(answer.prompt for answer in answers))
     while live:
-        left = [answer.tokens - at for answer, at in live]
+        left = [NEW - at for _, at in live]
         length.wide = world.wide if world.rows == len(live) else 0
         limits = length.limits([min(settings.depth, n - 1) for n in left], left) if gamma else [0] * len(live)
         if not gamma or length.rest:

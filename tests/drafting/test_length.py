@@ -106,8 +106,8 @@ def test_auto_falls_back_to_plain_rounds_and_tries_again_ever_later(target, draf
     chosen = auto(target, draft)
     plain_rounds(chosen)
     waits = tries(chosen, 1200, kept=0, of=4, seconds=1.5)
-    assert waits[:17] == [0] * 8 + [4, 8, 16, 32] + [64] * 5, "a round loses half a plain one: eight use the credit up"
-    assert set(waits[17:]) == {64}, "and one that of a try"
+    assert waits[:12] == [0] * 8 + [4, 12, 36, 96], "a round loses half a plain one: eight use the credit up"
+    assert set(waits[12:]) == {96}, "and one that of a try"
 
 
 @pytest.mark.parametrize("seconds", [1.2, 1.5, 2.0])
@@ -141,10 +141,8 @@ def test_a_forward_that_was_slow_once_is_no_yardstick(target, draft):
     chosen = auto(target, draft)
     plain_rounds(chosen)
     columns(chosen, 0.1)
-    before = chosen.costs.prices(1)
-    for _ in range(3):
-        chosen.round_done(proposal(4), [[0, 1, 2]], [4], [0.4, 90.0, 90.4], 5)
-    assert chosen.costs.prices(1).token == pytest.approx(before.token, rel=0.1) == pytest.approx(0.1, rel=0.1)
+    chosen.round_done(proposal(8), [[0, 1, 2]], [4], [0.4, 90.0, 90.4], 9)
+    assert chosen.costs.prices(1).token == pytest.approx(0.1, rel=0.1)
 
 
 def test_what_seemed_too_dear_is_measured_again_some_day(target, draft):
@@ -174,7 +172,7 @@ def test_plain_rounds_are_measured_again_now_and_then(target, draft):
     chosen = auto(target, draft)
     plain_rounds(chosen)
     waits = tries(chosen, 400, kept=4, of=4, seconds=1.5)
-    assert [place for place, wait in enumerate(waits) if wait] == [32, 96, 224]
+    assert [place for place, wait in enumerate(waits) if wait] == [32, 96, 224, 352]
 
 
 def test_auto_comes_back_when_a_try_succeeds(target, draft):
@@ -288,8 +286,8 @@ def test_a_pause_that_would_end_within_an_answer_ends_at_its_beginning(target, d
 def test_rows_that_gain_unequally_end_later_than_their_mean(target, draft):
     """All rows are in a forward until the last one ends; not where others take their places."""
     gains = {}
-    for name, room, left in (("alike", 8, [8] * 4), ("last is behind", 8, [4, 4, 4, 8]), ("replaced", 0, [8] * 4)):
-        chosen = Length(Settings(draft_length="auto"), target, Pair(), 4, room)
+    for name, left in (("alike", [8] * 4), ("last is behind", [4, 4, 4, 8]), ("replaced", [])):
+        chosen = Length(Settings(draft_length="auto"), target, Pair(), 4, 8)
         columns(chosen, 0.0, rows=4)
         before = chosen.learned.credit = 0.5
         chosen.limits([1] * 4, left)

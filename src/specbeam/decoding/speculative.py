@@ -139,7 +139,7 @@ def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
         length.wide = 0 if chains is None else chains.wide
         # The last token of an answer is never worth a proposal behind it.
         left = [state.remaining for state in states]
-        limits = length.limits([min(settings.depth, n - 1) for n in left], left)
+        limits = length.limits([min(settings.depth, n - 1) for n in left], [] if batch.waiting else left)
         if chains is not None and length.rest:
             steps = step_ahead(batch, chains, length.rest, length.why[0])
             length.rested([batch.clock.seconds(*span) for span in batch.phases["verify"][-steps:]],

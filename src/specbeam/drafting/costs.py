@@ -5,10 +5,10 @@ A target's forward of rows · new = N tokens is taken to need
     a + b N + c N² + s [new > 1] + δ [shaped otherwise than the one before]
 
 seconds: reading the weights, arithmetic, what a forward with proposals needs more whatever their number (a draft has
-pushed its weights out of the caches, or runners have better kernels for one token), and what a runner loses by a new
-shape (openvino.py). A draft's chain of n steps of so many rows needs n (u + v · rows) + p + q · rows: its first step is
-the dearer one. Least squares of relative errors over the medians at each shape, no coefficient below 0, drawn to a
-guess where little was measured, and to what was measured of late. So what one number of rows taught is known of others.
+pushed its weights out of the caches, or a runner is faster with one token), and what a runner loses by a new shape
+(openvino.py). A draft's chain of n steps of so many rows needs n (u + v · rows) + p + q · rows: its first step is the
+dearer one. Least squares of relative errors over the medians at each shape, no coefficient below 0, drawn to a guess
+where little was measured; old measurements weigh less. So what some numbers of rows taught is known of others.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain, combinations
 from statistics import median
 from typing import Any
 
 import numpy as np
 
+_HALF_LIFE = 128  # measurements (of any shape) after which one counts half; at twice that age a new one replaces it
+_OTHER = 1.4  # times the usual seconds is another machine, if it lasts
 _TRUST = 3  # measurements of one shape that count as much as the fit
-_HALF_LIFE = 256  # measurements after which one counts half
-_LEVEL_LASTS = 3  # forwards that a machine's speed is taken from
-_MOST_OTHER = 1.7  # how much faster or slower than usual a forward counts as
-_TOGETHER = 16  # that are heard together
-_CHECK, _LATEST_CHECK = 32, 256  # rounds with proposals until plain ones are measured again, at first and at last
+_TOGETHER = 16  # measurements that are heard together, once a shape has _TRUST of its own
+_CHECK, _LATEST_CHECK = 32, 128  # rounds with proposals until plain ones are measured again, at first and at last
 
 
 @dataclass(frozen=True)
@@ -45,16 +45,17 @@ class Prices:
 
 
 class Seconds(deque[float]):
-    """The latest measurements of one shape. at: how many of any shape there were when the last of them came."""
+    """The latest measurements of one shape. at, before: how many of any shape there were when the last of them came,
+    when the one before it did, and when they were scaled."""
 
-    at = 0
+    at = before = scaled = 0
 
 
 def _recent() -> deque[Any]:
     return deque(maxlen=15)
 
 
-def _cells() -> defaultdict[tuple[int, ...], Seconds]:
+def _shapes() -> defaultdict[tuple[int, ...], Seconds]:
     return defaultdict(partial(Seconds, maxlen=15))
 
 
@@ -62,16 +63,16 @@ def _cells() -> defaultdict[tuple[int, ...], Seconds]:
 class Costs:
     """Measured seconds of one pair of models, one drafter and one size of context."""
 
-    target: defaultdict[tuple[int, ...], Seconds] = field(default_factory=_cells)  # rows, new, changed: forwards
-    draft: defaultdict[tuple[int, ...], Seconds] = field(default_factory=_cells)  # rows, steps: of a round
-    beside: deque[float] = field(default_factory=_recent)  # of a round, neither drafting nor the target's forward
+    target: defaultdict[tuple[int, ...], Seconds] = field(default_factory=_shapes)  # rows, new, changed: of a forward
+    draft: defaultdict[tuple[int, ...], Seconds] = field(default_factory=_shapes)  # rows, steps: of a round
+    # Of a round, what is neither drafting nor the target's forward: of plain ones, and with proposals.
+    beside: dict[bool, deque[float]] = field(default_factory=lambda: {False: _recent(), True: _recent()})
     gained: deque[tuple[float, float]] = field(default_factory=_recent)  # tokens per row, plain rounds it took
     unchecked: int = 0  # rounds with proposals since the last plain one
     check: int = _CHECK  # when they are that many
-    level: float = 1.0  # how slow the machine is now: what is kept are seconds by this
     count: int = 0  # of all measurements
-    since: int = 0  # of them, since what follows was worked out
-    known: dict[tuple, Any] = field(default_factory=dict)  # what was worked out: it takes a tenth of a millisecond
+    unheard: int = 0  # of them, since the following was worked out
+    worked_out: dict[tuple, Any] = field(default_factory=dict)  # it takes a tenth of a millisecond
 
     def copy(self) -> Costs:
         """A first guess for another size of context: one measurement of each shape."""
@@ -85,81 +86,114 @@ class Costs:
     def forward(self, rows: int, new: int, changed: bool, seconds: float) -> None:
         """A target's forward took so long."""
         own = self.target[rows, new, int(changed)]
-        if not changed and own:  # the better the shape is known, the more this tells of the machine
-            weight = self._weight(own)
-            other = seconds / max(self.level * self.seconds(rows, new), 1e-9)
-            self.level *= min(max(other, 1 / _MOST_OTHER), _MOST_OTHER) ** (weight / (weight + _TRUST) / _LEVEL_LASTS)
-        self._measured(own, seconds / self.level)
+        since, factor = own.before, self._measured(own, seconds)
+        if factor and not changed:
+            self._scale(factor, since)
 
     def drafted(self, rows: int, steps: int, seconds: float) -> None:
         """A draft's forwards of one round took so long; looking something up is one."""
-        self._measured(self.draft[rows, steps], seconds / self.level)
+        self._measured(self.draft[rows, steps], seconds)
 
-    def waited(self, seconds: float) -> None:
+    def waited(self, proposed: bool, seconds: float) -> None:
         """A round took so much longer than its forwards."""
-        self.beside.append(seconds / self.level)
+        self.beside[proposed].append(seconds)
 
-    def _measured(self, some: Seconds, seconds: float) -> None:
-        """A shape's first measurements are heard at once, later ones several together."""
+    def _measured(self, some: Seconds, seconds: float) -> float:
+        """If it is the third time in a row that a shape took otherwise than ever: how many times longer; else 0."""
+        factor = 0.0
+        if self.count - some.at > 2 * _HALF_LIFE:
+            some.clear()
+        elif len(some) > _TRUST + 1:
+            late, before = [some[-2], some[-1], seconds], median(some)
+            if max(late) < before / _OTHER or min(late) > before * _OTHER:
+                factor = median(late) / max(before, 1e-9)
+                some.clear()
+                some.extend(late[:-1])
         some.append(seconds)
-        self.count, self.since = self.count + 1, self.since + 1
-        some.at = self.count
-        if len(some) <= _TRUST or self.since >= _TOGETHER:
-            self.known.clear()
-            self.since = 0
+        self.count, self.unheard = self.count + 1, self.unheard + 1
+        some.at, some.before = self.count, some.at
+        if len(some) <= _TRUST or self.unheard >= _TOGETHER:
+            self._hear()
+        return factor
 
-    def checks(self) -> None:
-        """Plain rounds are measured again, ever more rarely."""
+    def _scale(self, factor: float, since: int) -> None:
+        """The machine has another speed: what was not measured meanwhile will have it, too."""
+        for some in chain(self.target.values(), self.draft.values()):
+            if max(some.at, some.scaled) < since:
+                some.scaled = self.count
+                for place, seconds in enumerate(some):
+                    some[place] = seconds * factor
+        self.worked_out.clear()
+
+    def _hear(self) -> None:
+        """Work all out anew when it is asked for; forget what is very old."""
+        self.worked_out.clear()
+        self.unheard = 0
+        for shapes in (self.target, self.draft):
+            for shape in [shape for shape, some in shapes.items() if self._weight(some) < 0.05]:
+                del shapes[shape]
+
+    def _weight(self, some: Seconds) -> float:
+        """How many measurements these count as."""
+        return len(some) * 0.5 ** ((self.count - some.at) / _HALF_LIFE)
+
+    def check_later(self) -> None:
+        """Plain rounds are measured now; the next time it is after more rounds."""
         if self.unchecked >= self.check:
             self.check = min(2 * self.check, _LATEST_CHECK)
 
     def knows(self, rows: int) -> bool:
         """Whether plain rounds of about so many rows were measured: one is by itself, 8 stands for 5 to 15."""
-        if ("knows", rows) not in self.known:
+        key = "knows", rows
+        if key not in self.worked_out:
             near = [other for (other, new, changed), some in self.target.items()
-                    if new == 1 and not changed and len(some) > 1]
-            self.known["knows", rows] = any(n == rows or (n > 1 and n < 2 * rows < 4 * n) for n in near)
-        return self.known["knows", rows]
+                    if new == 1 and not changed and self._weight(some) > 1]
+            self.worked_out[key] = any(n == rows or (n > 1 and n < 2 * rows < 4 * n) for n in near)
+        return self.worked_out[key]
 
     @property
     def few(self) -> bool:
         """Whether what a longer forward costs is hardly known yet."""
-        return sum(len(seconds) for (_, new, _), seconds in self.target.items() if new > 1) < _TRUST
-
-    def _weight(self, some: Seconds) -> float:
-        """How many measurements these count as: a machine's speed changes."""
-        return len(some) * 0.5 ** ((self.count - some.at) / _HALF_LIFE)
+        if ("few",) not in self.worked_out:
+            longer = [len(some) for (_, new, _), some in self.target.items() if new > 1]
+            self.worked_out["few",] = sum(longer) < _TRUST
+        return self.worked_out["few",]
 
     def _of_target(self) -> np.ndarray:
-        if ("target",) not in self.known:
-            least = min(self.target)
+        """a, b, c, s, δ."""
+        if ("target",) not in self.worked_out:
+            plain = [shape for shape in self.target if shape[1:] == (1, 0)]
+            least = min(plain or self.target)
             one, tokens = median(self.target[least]), least[0] * least[1]
-            guess = [(0.0, one), (2.0, 0.05 * one / tokens), (20.0, 0.0), (2.0, 0.0), (0.7, 0.0)]
-            scale = [1.0, tokens, 8.0 * tokens * tokens, 1.0, 1.0]
+            drawn = [(0.0, 0.0), (2.0, 0.05 * one / tokens), (20.0, 0.0), (2.0, 0.0), (0.7, 0.0)]
+            unit = [1.0, tokens, 8.0 * tokens * tokens, 1.0, 1.0]
             points = [(_features(*shape), self._weight(some), median(some)) for shape, some in self.target.items()]
-            self.known["target",] = fit(points, guess, scale, one)
-        return self.known["target",]
+            self.worked_out["target",] = fit(points, drawn, unit, one)
+        return self.worked_out["target",]
 
     def _of_draft(self) -> np.ndarray:
-        if ("draft",) not in self.known:
+        """u, v, p, q."""
+        if ("draft",) not in self.worked_out:
             one = min(median(some) for some in self.draft.values())
-            guess = [(0.0, one), (0.3, 0.0), (0.3, 0.0), (0.3, 0.0)]
             points = [(_steps(*shape), self._weight(some), median(some)) for shape, some in self.draft.items()]
-            self.known["draft",] = fit(points, guess, [1.0, 1.0, 1.0, 1.0], one)
-        return self.known["draft",]
+            self.worked_out["draft",] = fit(points, [(0.0, 0.0), (0.3, 0.0), (0.3, 0.0), (0.3, 0.0)], [1.0] * 4, one)
+        return self.worked_out["draft",]
 
     def seconds(self, rows: int, new: int) -> float:
         """Of a target's forward, as they mostly are: the fit, and what was measured at this shape."""
-        fitted = float(self._of_target() @ _features(rows, new, 0))
-        own = self.target.get((rows, new, 0))
-        if not own:
-            return fitted
-        weight = self._weight(own)
-        return fitted + weight / (weight + _TRUST) * (median(own) - fitted)
+        key = "seconds", rows, new
+        if key not in self.worked_out:
+            fitted = float(self._of_target() @ _features(rows, new, 0))
+            own = self.target.get((rows, new, 0))
+            weight = self._weight(own) if own else 0.0
+            more = weight / (weight + _TRUST) * (median(own) - fitted) if own else 0.0
+            self.worked_out[key] = fitted + more
+        return self.worked_out[key]
 
     def plain(self, rows: int) -> float:
         """Seconds of a plain round."""
-        return self.seconds(rows, 1) + (median(self.beside) if self.beside else 0.0)
+        beside = self.beside[False]
+        return max(self.seconds(rows, 1) + (median(beside) if beside else 0.0), 1e-9)
 
     def drafting(self, rows: int) -> tuple[float, float]:
         """Seconds of a round's first draft forward, and of each more."""
@@ -170,31 +204,38 @@ class Costs:
         return each + more + more_row * rows, each
 
     def prices(self, rows: int) -> Prices:
-        if ("prices", rows) not in self.known:
+        """Rounded: processes that share a model must decide alike."""
+        key = "prices", rows
+        if key not in self.worked_out:
             plain = self.plain(rows)
             _, b, c, s, change = (self._of_target() / plain).tolist()
             rate = sum(n for n, _ in self.gained) / sum(n for _, n in self.gained) if self.gained else 1.0
             draft = self.drafting(rows)[1] / plain if self.draft else Prices.draft
-            self.known["prices", rows] = Prices(draft, b * rows + 2 * c * rows * rows, rate, change, c * rows * rows, s)
-        return self.known["prices", rows]
+            found = draft, b * rows + 2 * c * rows * rows, rate, change, c * rows * rows, s
+            self.worked_out[key] = Prices(*(round(price, 6) for price in found))
+        return self.worked_out[key]
 
-    def usual(self, rows: int, steps: int, new: int) -> float:
-        """Plain rounds that one with so many draft steps and new tokens takes, as they mostly do."""
-        shape = "usual", rows, steps, new
-        if shape not in self.known:
+    def usual(self, rows: int, steps: int, new: int, changed: bool = False) -> float:
+        """Plain rounds that a round with so many draft steps and new tokens takes, as they mostly do. changed: half of
+        that is counted; a pause would begin and end with a change, too."""
+        key = "usual", rows, steps, new, changed
+        if key not in self.worked_out:
             first, more = self.drafting(rows) if steps else (0.0, 0.0)
-            longer = self.seconds(rows, new) - self.seconds(rows, 1)
-            self.known[shape] = 1 + (first + (steps - 1) * more + longer) / self.plain(rows)
-        return self.known[shape]
+            longer = max(0.0, self.seconds(rows, new) - self.seconds(rows, 1))
+            if self.beside[False] and self.beside[True]:
+                longer += max(0.0, median(self.beside[True]) - median(self.beside[False]))
+            whole = 1 + (first + (steps - 1) * more + longer) / self.plain(rows)
+            self.worked_out[key] = round(whole + changed * self.prices(rows).change / 2, 6)
+        return self.worked_out[key]
 
-    def forget(self) -> None:
-        """The oldest measurements of longer forwards: what seems to be too dear is measured again some day."""
+    def forget(self, rows: int) -> None:
+        """The oldest measurements of longer forwards of so many rows: what seems to be too dear is measured again."""
         for shape, some in list(self.target.items()):
-            if shape[1] > 1:
+            if shape[1] > 1 and rows < 2 * shape[0] < 4 * rows:
                 some.popleft()
                 if not some:
                     del self.target[shape]
-        self.known.clear()
+        self.worked_out.clear()
 
 
 def _features(rows: int, new: int, changed: int) -> tuple[float, ...]:
@@ -206,22 +247,26 @@ def _steps(rows: int, steps: int) -> tuple[float, ...]:
     return steps, steps * rows, 1.0, rows
 
 
-def fit(points: Sequence[tuple[Sequence[float], float, float]], guess: Sequence[tuple[float, float]],
-        scale: Sequence[float], one: float) -> np.ndarray:
-    """Coefficients ≥ 0 of (features, weight, seconds) that make the relative errors small. guess: how
-    strongly each is drawn to which value, in units of `one` seconds at `scale`."""
+def fit(points: Sequence[tuple[Sequence[float], float, float]], drawn: Sequence[tuple[float, float]],
+        unit: Sequence[float], one: float) -> np.ndarray:
+    """Coefficients ≥ 0 of (features, weight, seconds) that make the relative errors small. drawn: how strongly each is
+    drawn to which value; 1 counts as one measurement that is off by `one` seconds at `unit`."""
     x = np.array([features for features, _, _ in points], dtype=float)
     y, weight = np.array([y for _, _, y in points]), np.sqrt([n for _, n, _ in points])
-    one = max(one, 1e-9)
-    y = np.maximum(y, max(0.01 * y.max(), 1e-9))  # one that took no time says nothing of the others
-    pull = np.array([strength for strength, _ in guess]) ** 0.5 * scale / one
+    y = np.maximum(y, max(0.1 * float(np.median(y)), 1e-9))  # one that took no time says nothing of the others
+    pull = np.array([strength for strength, _ in drawn]) ** 0.5 * unit / max(one, 1e-9)
     a = np.concatenate([x * (weight / y)[:, None], np.diag(pull)])
-    b = np.concatenate([weight, pull * [value for _, value in guess]])
-    kept = np.arange(x.shape[1])
-    found = np.zeros(x.shape[1])
-    while True:
+    b = np.concatenate([weight, pull * [value for _, value in drawn]])
+    count = x.shape[1]
+    some = np.linalg.lstsq(a, b, rcond=None)[0]
+    if some.min() >= 0:
+        return some
+    # The best of all choices of coefficients that are left out: there are a few dozen.
+    best, error = np.zeros(count), np.inf
+    for kept in map(list, chain.from_iterable(combinations(range(count), n) for n in range(1, count))):
         some = np.linalg.lstsq(a[:, kept], b, rcond=None)[0]
-        if some.min() >= 0 or len(kept) == 1:
-            found[kept] = np.maximum(some, 0.0)
-            return found
-        kept = np.delete(kept, some.argmin())
+        off = float(np.square(a[:, kept] @ some - b).sum())
+        if some.min() >= 0 and off < error:
+            best, error = np.zeros(count), off
+            best[kept] = some
+    return best

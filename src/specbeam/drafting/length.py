@@ -10,9 +10,10 @@ tokens, before it has), the costs are measured (costs.py: a token more in one ro
 forward), and the weights w, 1 in all, say which row will end last: a batch takes as long as that one.
 
 Whether to draft at all is a matter of credit: each round with proposals adds the tokens that it brought and takes what
-it cost. At 0 the batch decodes plainly for 4 rounds and tries again; each try that fails doubles the pause, up to
-64 rounds, each that pays begins anew with 4. A pause that would end within an answer ends at its beginning, where the
-draft reads the prompt outside decoding; in an answer that begins within a pause, it reads nothing until it is needed.
+it cost. At 0 the batch decodes plainly for 4 rounds and tries again; each try that fails makes the next pause three
+times as long, up to 96 rounds, each that pays begins anew with 4. A pause that would end within an answer ends at its
+beginning, where the draft reads the prompt outside decoding; in an answer that begins within a pause, it reads nothing
+until it is needed.
 Too little credit stops by bad luck what gains a tenth; too much is lost where texts change (docs/log.md, 2026-11-29).
 What was learned stays with the pair of models, from prompt to prompt; `costs` freezes it in a file.
 
@@ -42,10 +43,11 @@ _LATELY = 1 / 12  # weight of the newest token in the usual acceptance
 _MOST_CREDIT = 4.0  # plain rounds of one row: what a text that has begun to go badly may cost
 _MOST_LOSS = 1.0  # that one round is charged with: it may have been slow for other reasons
 _TRY = 0.3  # credit of a try
-_SHORTEST_WAIT, _LONGEST_WAIT = 4, 64
+_SHORTEST_WAIT, _LONGER, _LONGEST_WAIT = 4, 3, 96  # plain rounds; by how much the next pause is longer
 _CAUTIOUS = 2  # tokens that are proposed until it is known what longer forwards cost
 _LASTS = 3  # rounds that share what a change of width costs
 _HEAT = 0.2  # by how many √tokens rows of one text come to differ
+_BY_ITSELF = 16  # and by which part of what is left, as answers end by themselves
 _MEASURED = 3  # plain rounds that are measured one after the other
 
 
@@ -60,6 +62,7 @@ class Learned:
     credit: float = _MOST_CREDIT
     wait: int = _SHORTEST_WAIT  # plain rounds before the next try, of one row
     left: int = 0  # of them
+    trying: bool = False  # nothing was proposed since the last pause
 
     def copy(self) -> Learned:
         """A first guess for another size of context."""
@@ -83,8 +86,8 @@ class Learned:
         self.credit = min(self.credit + max(net, -_MOST_LOSS), most)
         if self.credit <= 0:
             # A try begins with reading every row's prompt.
-            self.left, self.credit = int(self.wait * rows**0.5), _TRY / rows**0.5
-            self.wait = min(2 * self.wait, _LONGEST_WAIT)
+            self.left, self.credit = min(int(self.wait * rows**0.5), _LONGEST_WAIT), _TRY / rows**0.5
+            self.wait, self.trying = min(_LONGER * self.wait, _LONGEST_WAIT), True
         elif self.credit >= most / 2:
             self.wait = _SHORTEST_WAIT
 
@@ -102,7 +105,8 @@ def _of_pair(settings: Settings, target: Any, draft: Any) -> tuple[dict[int, Lea
 def _at_size(size: int, known: dict[int, Any], new: Any) -> Any:
     """What is known at this size of context; at first a copy of what is known of the nearest."""
     if size not in known:
-        near = min(known, key=lambda other: abs(other - size), default=None)
+        some = [other for other, its in known.items() if its != new()]
+        near = min(some, key=lambda other: abs(other - size), default=None)
         known[size] = new() if near is None else known[near].copy()
     return known[size]
 
@@ -110,8 +114,8 @@ def _at_size(size: int, known: dict[int, Any], new: Any) -> Any:
 @dataclass(frozen=True)
 class Last:
     """A batch ends with its last row: what the others are ahead saves only their own share of a forward. chance: of
-    each row to be the last, softmax(tokens left / heat); rows of one text come to differ by about that. share: of a
-    plain round, that is the rows' own; 1: rows that end are replaced."""
+    each row to be the last, softmax(tokens left / heat); rows of one text come to differ by about that, and the more is
+    left, the likelier an answer ends by itself. share: of a plain round, that is the rows' own; 1: all count alike."""
 
     chance: list[float]
     heat: float
@@ -119,7 +123,8 @@ class Last:
 
     @classmethod
     def of(cls, left: Sequence[int], share: float) -> Last:
-        most, heat = max(left), _HEAT * sqrt(max(1.0, sum(left) / len(left)))
+        most, mean = max(left), max(1.0, sum(left) / len(left))
+        heat = _HEAT * sqrt(mean) + mean / _BY_ITSELF
         weights = [exp((one - most) / heat) for one in left]
         return cls([weight / sum(weights) for weight in weights], heat, min(share, 1.0))
 
@@ -130,9 +135,9 @@ class Last:
     def gain(self, committed: Sequence[int]) -> float:
         """What these tokens of each row are worth, in tokens of every row: how much sooner the last one ends, by
         heat · log Σ exp(tokens left / heat) before and after."""
-        least = min(committed)
-        behind = sum(one * exp((least - n) / self.heat) for one, n in zip(self.chance, committed, strict=True))
-        sooner = least - self.heat * log(max(behind, 1e-9))
+        late = [n / self.heat - log(one) for one, n in zip(self.chance, committed, strict=True) if one > 0]
+        least = min(late)
+        sooner = self.heat * (least - log(sum(exp(least - one) for one in late)))
         return (1 - self.share) * sooner + self.share * sum(committed) / len(committed)
 
 
@@ -167,8 +172,8 @@ class Length:
         return self.auto and (self.prices.rate < 1 if self.frozen else self.learned.left > 0)
 
     def limits(self, most: Sequence[int], left: Sequence[int] = ()) -> list[int]:
-        """How deep each row may propose in this round; 0: decode plainly. left: tokens that each row may still have;
-        default: all alike."""
+        """How deep each row may propose in this round; 0: decode plainly. left: tokens that each row may still have,
+        where the batch ends with the last of them; else none."""
         self.rest = self.column = 0
         self.reach, self.why = [1.0] * len(most), ["length" if n == self.settings.depth else "end of answer"
                                                   for n in most]
@@ -176,7 +181,7 @@ class Length:
             return list(most)
         if not self.frozen and (not self.costs.knows(len(most)) or self.costs.unchecked >= self.costs.check):
             self.why, self.rest = ["measuring plain"] * len(most), _MEASURED
-            self.costs.checks()
+            self.costs.check_later()
         elif self.idle:
             self.why = ["does not pay"] * len(most)
             self.rest = _LONGEST_WAIT if self.frozen else self.learned.left
@@ -184,7 +189,7 @@ class Length:
         else:
             if not self.frozen:
                 self.prices = self.costs.prices(len(most))
-                self.last = Last.of(left or most, self.prices.token if self.room else 1.0)
+                self.last = Last.of(left or most, self.prices.token if left else 1.0)
                 if self.costs.few:
                     return [min(_CAUTIOUS, n) for n in most]
             return list(most)
@@ -199,7 +204,7 @@ class Length:
         beside = (seconds - sum(steps)) / len(steps)
         for step in agreed(steps[1:] or steps, self.target):  # the first may be of another width than the one before
             self.costs.forward(len(self.why), 1, False, step)
-        self.costs.waited(agreed([beside], self.target)[0])
+        self.costs.waited(False, agreed([beside], self.target)[0])
         self.costs.unchecked = 0
 
     def proposes(self, wanted: Sequence[bool], confidence: Sequence[float]) -> list[bool]:
@@ -284,9 +289,10 @@ class Length:
         costs, learned, rows = self.costs, self.learned, len(committed)
         draft, verify, whole = agreed(seconds, self.target)
         costs.forward(rows, new, changed, verify)
-        costs.waited(whole - draft - verify)
+        costs.waited(proposal is not None, whole - draft - verify)
         if proposal is None:
-            costs.unchecked = 0 if new == 1 else costs.unchecked
+            if new == 1 and not changed:  # a runner may have kept another width
+                costs.unchecked = 0
             return
         costs.unchecked += 1
         steps = proposal.forwards or int(self.looks_up)  # looking something up is a step too
@@ -298,11 +304,13 @@ class Length:
             for depth, confidence in enumerate(sure[: min(len(ids), len(paths[row]) + 1)]):  # not what was cut
                 learned.learn(confidence, depth < len(paths[row]))
         tokens = sum(committed) / rows
-        took = costs.usual(rows, steps, new)
+        took = costs.usual(rows, steps, new, changed and self.wide > 1)  # a try is not charged for its beginning
         if any(proposal.tokens):
             costs.gained.append((tokens, took))
-        elif learned.credit == _TRY / rows**0.5:  # a try that was declined
-            costs.forget()
+            learned.trying = False
+        elif learned.trying:  # a try that was declined
+            costs.forget(rows)
+            learned.trying = False
         learned.paid(self.last.gain(committed) - took, rows)
 
 
