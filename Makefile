@@ -12,7 +12,7 @@ test: $(STAMP)  ## everything but the heavy tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not heavy" $(ARGS)
 
 test-all: $(STAMP)  ## also what needs a browser (Debian: apt-get install chromium) or minutes
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,browser,figures]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,browser,figures,kernels]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
 	$(MAKE) test-machines
 

@@ -123,3 +123,17 @@ def test_what_follows_the_layers_is_one_product_and_the_class_is_given_back(laye
     monkeypatch.setattr(fuse.Head, "forward", lambda self, x: rows.append(x.numel() // x.shape[-1]) or forward(self, x))
     layer("llama")
     assert 1 in rows and type(model("llama").lm_head) is nn.Linear
+
+
+@pytest.mark.parametrize(("tokens", "what", "copies"), [
+    (4, "part", True), (1, "part", False), (4, "transpose", True), (1, "transpose", False), (4, "view", False)])
+def test_a_view_of_several_tokens_may_be_a_copy_which_is_no_kernel_of_ours(tokens, what, copies):
+    """Behind it nothing of ours may begin early: what moves it may not wait."""
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["example_value"] = torch.empty(1, tokens, 64)
+    if what == "part":
+        x = graph.call_function(fuse.operator.getitem, (x, (..., slice(0, 32))))
+        x.meta["example_value"] = torch.empty(1, tokens, 32)
+    seen = graph.call_method("transpose", (x, 1, 2)) if what == "transpose" else graph.call_method("view", (x, -1))
+    assert fuse._copies(seen) == copies

@@ -152,6 +152,22 @@ def test_attention_of_several_tokens_under_a_trees_mask(new_slots, heads, key_he
     torch.testing.assert_close(other[:, :-1], wanted[:, :-1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("programs", [1, 2])
+@pytest.mark.parametrize("new_slots", [[[577]], [[40, 300, 599, 7, 256]], [[5, 260], [599, 0]]], ids=str)
+def test_attention_where_a_program_has_more_slots_than_one_tile(new_slots, programs, monkeypatch):
+    monkeypatch.setattr(attend_few, "_PROGRAMS", programs)
+    given, buffers, rest = several(new_slots, 4, 2, 16, 600, True)
+    mine, its = [one.clone() for one in buffers], [one.clone() for one in buffers]
+    torch.testing.assert_close(attend_few.attend(*given, *mine, *rest), fuse._attend(*given, *its, *rest), rtol=1e-4,
+                               atol=1e-4)
+    torch.testing.assert_close(mine, its, rtol=1e-5, atol=1e-5)
+
+
+def test_what_lies_otherwise_in_memory_is_read_right():
+    x, added = halves(1, 520, 5).transpose(1, 2), halves(1, 56, 5, seed=1).transpose(1, 2)
+    of_few((x, None, None, None, 0.0, False, [halves(56, 520) * 520**-0.5], [None], "", added, False))
+
+
 @pytest.mark.parametrize("size", [50, 4096, 9000])
 def test_the_first_of_the_largest(size):
     scores = some(2, 3, size)

@@ -3,9 +3,9 @@
 
 What an earlier step wrote is fetched before the kernel before this one has ended (see matvec.py); new keys and values
 come from that kernel, count apart from the others, and are written to their slots beside. An earlier step has ended
-then, since what stands between two steps (the choice of a token) begins and ends as ordinary kernels do.
-The query heads of a key head and all new tokens are rows of one product, sixteen of which are a program's. Where the
-slots are shared out among programs, a second kernel puts the parts together.
+then, since between two steps the output layer lets nothing begin early, and the choice of a token waits.
+The query heads of a key head and all new tokens are rows of one product, sixteen of which (of one token all) are a
+program's. Where the slots are shared out among programs, a second kernel puts the parts together.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from torch import Tensor
 
 from specbeam.runners import attention as of_many
 from specbeam.runners.attention import _more
+from specbeam.runners.few_rows import flat
 from specbeam.runners.fuse import _attention
 from specbeam.runners.matvec import _begin, early
 
 _PROGRAMS, _MOST_SLOTS, _KEY_BYTES = 128, 256, 32768
+_MOST_STEPS = 8  # of a program: each is code of its own, and 32 compile for 20 s
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, plus: bool,
@@ -30,7 +32,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Tenso
            ahead: bool) -> Tensor:
     """What fuse.py's `attend` says, on a GPU."""
     [rows, new], key_heads, dim = slot.shape, keys.shape[1], keys.shape[3]
-    q, k, v = (one.reshape(rows * new, -1) for one in (q, k, v))
+    q, k, v = (flat(one, rows * new) for one in (q, k, v))
     heads, wide = q.shape[1] // dim, triton.next_power_of_2(dim)
     group = heads // key_heads
     lines = 16 if new > 1 else max(16, triton.next_power_of_2(group))
@@ -38,7 +40,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Tenso
     # Slots that a program looks at at a time: 32 KiB of keys. The slots are shared out among the programs.
     block = min(_MOST_SLOTS, max(16, _KEY_BYTES // (wide * keys.element_size())))
     blocks = triton.cdiv(view, block)
-    share = triton.cdiv(blocks, min(blocks, max(1, _PROGRAMS // (rows * key_heads * tiles)))) * block
+    share = min(_MOST_STEPS, triton.cdiv(blocks, min(blocks, max(1, _PROGRAMS // (rows * key_heads * tiles))))) * block
     parts = triton.cdiv(view, share)
     output = q.new_empty(rows, new, heads, dim)
     found = q.new_empty(parts, 2, rows * new * heads, dim, dtype=torch.float32) if parts > 1 else output
@@ -55,7 +57,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Tenso
     if parts > 1:
         _join_parts[(rows * new * heads,)](
             found, output, PARTS=parts, MOST=triton.next_power_of_2(parts), HEADS=rows * new * heads, DIM=dim,
-            WIDE=wide, EARLY=ahead, PDL=bool(pdl), num_warps=1, **pdl)
+            WIDE=wide, EARLY=ahead, PDL=bool(pdl),
+            num_warps=min(8, max(1, triton.next_power_of_2(parts) * wide // 2048)), **pdl)
     return output
 
 

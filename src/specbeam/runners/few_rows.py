@@ -37,8 +37,8 @@ class Tiling:
 
 def tiling(size: int, columns: int, gated: bool, halves: int) -> Tiling:
     """As measured on an H200, for products of 1 to 600 MB: small programs, and much of their weights ahead; but not so
-    small that a row takes many steps, each of which is code of its own (64 of a gate compile for 50 s). size: rows of
-    weights; halves: of the sixteen rows, that are there."""
+    small that a row takes many steps, each of which is code of its own (64 compile for 16 s, of a gate for 50). Gates
+    of more than 4,096 columns were not timed. size: rows of weights; halves: of the sixteen rows, that are there."""
     if gated and columns <= 1024:
         return Tiling(1, 7, 7, 2)
     if gated:
@@ -59,12 +59,12 @@ def product(x: Tensor, post: Tensor | None, residual: Tensor | None, norm: Tenso
     columns, gated, rows = weights[0].shape[1], bool(act), x.numel() // x.shape[-1]
     sizes = [len(weight) for weight in weights]
     total = sizes[0] if gated else sum(sizes)
-    first, flat = weights[0], x.reshape(rows, columns)
+    first, hidden = weights[0], flat(x, rows)
     out = first.new_empty(*x.shape[:-1], total + (columns if post is not None else 0))
     if post is not None and residual is not None:
-        flat = _joined(flat, post, residual.reshape(rows, columns), out.view(rows, -1)[:, total:], eps, plus, ahead)
+        hidden = _joined(hidden, post, flat(residual, rows), out.view(rows, -1)[:, total:], eps, plus, ahead)
     if norm is not None and not (x.dtype == torch.bfloat16 if late is None else late):
-        flat, norm = _joined(flat, norm, None, first.new_empty(rows, columns), eps, plus, ahead), None
+        hidden, norm = _joined(hidden, norm, None, first.new_empty(rows, columns), eps, plus, ahead), None
     halves = 1 if rows <= 8 else 2
     tile = tile or tiling(total, columns, gated, halves)
     groups = tile.groups if 8 * tile.groups <= min(sizes) else 1
@@ -73,11 +73,11 @@ def product(x: Tensor, post: Tensor | None, residual: Tensor | None, norm: Tenso
     w = [*weights, *[first] * (MOST_WEIGHTS - len(weights))]
     b = [first if one is None else one for one in [*biases, *[None] * (MOST_WEIGHTS - len(biases))]]
     starts = [sum(programs[:n]) for n in range(1, MOST_WEIGHTS)]
-    more = flat if added is None else added.reshape(rows, total)
+    more = hidden if added is None else flat(added, rows)
     options = {"launch_pdl": True} if early(x.device) else {}
     _product[(sum(programs),)](
-        flat, first if norm is None else norm, more, out, *w, *b, *starts,
-        *(sizes + [0] * MOST_WEIGHTS)[:MOST_WEIGHTS], eps, rows, X_ROW=flat.stride(0), ADDED_ROW=more.stride(0),
+        hidden, first if norm is None else norm, more, out, *w, *b, *starts,
+        *(sizes + [0] * MOST_WEIGHTS)[:MOST_WEIGHTS], eps, rows, X_ROW=hidden.stride(0), ADDED_ROW=more.stride(0),
         OUT_ROW=out.shape[-1], COLUMNS=columns, GROUPS=groups, AHEAD=tile.ahead, NEAR=tile.near, WARPS=tile.warps,
         HALVES=halves, WEIGHTS=len(weights), NORM=norm is not None, PLUS=plus,
         BIASES=sum(2**n for n, one in enumerate(biases) if one is not None), ACT=ACTIVATIONS.index(act),
@@ -88,8 +88,15 @@ def product(x: Tensor, post: Tensor | None, residual: Tensor | None, norm: Tenso
 def join(x: Tensor, weight: Tensor, residual: Tensor, eps: float, plus: bool, ahead: bool) -> Tensor:
     """What fuse.py's `join` says, for several rows."""
     out, columns = torch.empty_like(residual, memory_format=torch.contiguous_format), len(weight)
-    _joined(x.reshape(-1, columns), weight, residual.reshape(-1, columns), out.view(-1, columns), eps, plus, ahead)
+    rows = x.numel() // columns
+    _joined(flat(x, rows), weight, flat(residual, rows), out.view(rows, columns), eps, plus, ahead)
     return out
+
+
+def flat(x: Tensor, rows: int) -> Tensor:
+    """[rows, columns], its columns side by side."""
+    x = x.reshape(rows, -1)
+    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _joined(x: Tensor, weight: Tensor, residual: Tensor | None, out: Tensor, eps: float, plus: bool, ahead: bool

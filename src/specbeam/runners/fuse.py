@@ -2,7 +2,7 @@
 
 Compiled or not, such a layer is a dozen small kernels, and each begins when the one before it has ended. Here products
 of one input become one operation that takes along the norm before it, the gate's activation and the sum behind it; and
-rotary embedding, the new slots and attention become another. On a GPU each is one or two kernels that read weights
+rotary embedding, the new slots and attention become another. On a GPU each is one to three kernels that read weights
 before it is their turn (matvec.py, few_rows.py, attend_few.py). What is not as expected stays as it was, node by node.
 
 The operations, of [rows, new tokens, …] each, sixteen tokens in all at most:
@@ -10,7 +10,7 @@ linear, norm: nn.Linear and RMSNorm (plus: times 1 + weight), as they are traced
 product: concatenated (or, with `act`, act(first) · second) weights · norm(x); with `post` and `residual`, x is
     residual + post-norm(x) first, which then follows in the same tensor; `added` is added at the end.
 attend: of heads q, k, v [rows, new, heads · dim], normed and turned, over the slots with the new ones, which are
-    written.
+    written. Slots: different within a row, below view; a token sees its own.
 attention: the same of what is turned and written already, [rows, heads, new, dim].
 join: residual + norm(x).
 ahead: what comes next waits before it reads any result, so that it may begin before this one's turn has come.
@@ -158,7 +158,7 @@ class Product(nn.Linear):
     """nn.Linear, to be found again."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.dim() != 3 or not few(input):  # a library's product
+        if input.numel() != self.in_features and (input.dim() != 3 or not few(input)):  # a library's product
             return super().forward(input)
         return ops.linear.default(input, self.weight, self.bias)
 
@@ -326,7 +326,7 @@ def _fuse_products(graph: fx.Graph, group: list[Node]) -> None:
         [last] = group[0].users
         if _is(last, operator.add) and last.args[0] is not last.args[1]:
             other = last.args[0] if last.args[1] is group[0] else last.args[1]
-            if (isinstance(other, fx.Node) and _value(other).dtype == _value(last).dtype
+            if (isinstance(other, fx.Node) and _value(other).dtype == _value(last).dtype == _value(group[0]).dtype
                     and _value(other).shape == _value(last).shape == _value(group[0]).shape):
                 added, ends = other, [last]
     at = ends[0] if before[1] is None else group[0]
@@ -376,6 +376,7 @@ def _fuse_join(graph: fx.Graph, node: Node) -> None:
     if (getattr(normed, "target", None) is not ops.norm.default or not _only(normed, node)
             or not isinstance(residual, fx.Node) or _value(normed) is None
             or _value(residual).shape != _value(normed).shape or not few(_value(normed))
+            or _value(residual).dtype != _value(normed).dtype
             or _value(normed).shape[-1] != _value(normed.args[1]).numel()
             or _value(normed.args[1]).dtype != _value(normed).dtype or _value(normed).dtype not in _DTYPES):
         return
