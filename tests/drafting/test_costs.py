@@ -217,6 +217,6 @@ def test_the_fit_is_not_worked_out_anew_for_every_round():
     costs.prices(8)
     costs.forward(8, 1, False, target_seconds(8, 1))
     assert ("prices", 8) in costs.worked_out, "it takes a tenth of a millisecond"
-    for _ in range(16):
+    for _ in range(32):
         costs.forward(8, 1, False, target_seconds(8, 1))
     assert ("prices", 8) not in costs.worked_out

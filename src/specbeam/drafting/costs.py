@@ -17,7 +17,7 @@ from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, combinations
+from itertools import chain
 from statistics import median
 from typing import Any
 
@@ -26,7 +26,7 @@ import numpy as np
 _HALF_LIFE = 128  # measurements (of any shape) after which one counts half; at twice that age a new one replaces it
 _OTHER = 1.4  # times the usual seconds is another machine, if it lasts
 _TRUST = 3  # measurements of one shape that count as much as the fit
-_TOGETHER = 16  # measurements that are heard together, once a shape has _TRUST of its own
+_TOGETHER = 32  # measurements that are heard together, but for the first of a shape
 _CHECK, _LATEST_CHECK = 32, 128  # rounds with proposals until plain ones are measured again, at first and at last
 
 
@@ -257,16 +257,28 @@ def fit(points: Sequence[tuple[Sequence[float], float, float]], drawn: Sequence[
     pull = np.array([strength for strength, _ in drawn]) ** 0.5 * unit / max(one, 1e-9)
     a = np.concatenate([x * (weight / y)[:, None], np.diag(pull)])
     b = np.concatenate([weight, pull * [value for _, value in drawn]])
-    count = x.shape[1]
-    some = np.linalg.lstsq(a, b, rcond=None)[0]
-    if some.min() >= 0:
-        return some
-    # The best of all choices of coefficients that are left out: there are a few dozen.
-    best, error = np.zeros(count), np.inf
-    for kept in map(list, chain.from_iterable(combinations(range(count), n) for n in range(1, count))):
-        some = np.linalg.lstsq(a[:, kept], b, rcond=None)[0]
-        off = float(np.square(a[:, kept] @ some - b).sum())
-        if some.min() >= 0 and off < error:
-            best, error = np.zeros(count), off
-            best[kept] = some
-    return best
+    return _not_negative(a.T @ a, a.T @ b)
+
+
+def _not_negative(matrix: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """The x ≥ 0 of least xᵀ matrix x / 2 - xᵀ right (Lawson and Hanson 1974, chapter 23): coefficients are let in where
+    they help most, and leave where they would fall below 0. A handful of solutions of a few equations."""
+    found, inside = np.zeros(len(right)), np.zeros(len(right), dtype=bool)
+    size = np.sqrt(np.diag(matrix))  # features differ by their units
+    for _ in range(3 * len(right)):
+        help = np.where(inside, 0.0, (right - matrix @ found) / size)
+        if help.max() <= 1e-10 * np.abs(right / size).max():
+            break
+        inside[help.argmax()] = True
+        while True:
+            some = np.zeros(len(right))
+            some[inside] = np.linalg.solve(matrix[np.ix_(inside, inside)], right[inside])
+            below = inside & (some <= 0)
+            if not below.any():
+                break
+            step = (found[below] / (found[below] - some[below])).min()
+            found += step * (some - found)
+            inside &= found > 1e-12 * np.abs(found).max()
+            found[~inside] = 0.0
+        found = some
+    return found

@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import exp, isfinite, log, sqrt
 from pathlib import Path
+from statistics import median
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -202,8 +203,11 @@ class Length:
         if self.why[0] == "does not pay":
             self.learned.left -= len(steps) - 1  # `limits` counted one
         beside = (seconds - sum(steps)) / len(steps)
-        for step in agreed(steps[1:] or steps, self.target):  # the first may be of another width than the one before
-            self.costs.forward(len(self.why), 1, False, step)
+        # The first may be of another width than the one before. The others tell of one moment together.
+        usual = agreed(steps[1:] or steps, self.target)
+        for some in (usual[::2], usual[1::2]):
+            if some:
+                self.costs.forward(len(self.why), 1, False, median(some))
         self.costs.waited(False, agreed([beside], self.target)[0])
         self.costs.unchecked = 0
 
