@@ -97,7 +97,8 @@ def decode(world: World, answers: list[Answer], gamma: int | str, pair: tuple[Mo
         length.wide = world.wide if world.rows == len(live) else 0
         limits = length.limits([min(settings.depth, n - 1) for n in left], left) if gamma else [0] * len(live)
         if not gamma or length.rest:
-            steps = [world.target(len(live), 1, exact=True) for _ in range(min(length.rest or 1, *left, NEW))]
+            ends = min(answer.tokens - at for answer, at in live)  # which nobody knows before
+            steps = [world.target(len(live), 1, exact=True) for _ in range(min(length.rest or 1, ends))]
             clock += sum(steps)
             if gamma:
                 length.rested(steps, sum(steps))
