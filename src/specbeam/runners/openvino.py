@@ -61,9 +61,10 @@ class _Requests:
         weights = sum(np.prod(shape) for shape in (
             node.get_output_shape(0) for node in self.model.get_ops() if node.get_type_name() == "Constant")
             if len(shape) == 2)
-        # What a change of shape and the way back cost, 2.5 µs a node each, in tokens at 60 GFLOP/s a thread.
+        # What a change of shape and the way back cost, 2.5 µs a node each, in tokens at 100 GFLOP/s a thread (both as
+        # measured on two machines with AVX-512).
         nodes = len(self.compiled.get_runtime_model().get_ops())
-        self.patience = 2 * 2.5e-6 * nodes * 6e10 * self.threads / (2 * weights)
+        self.patience = 2 * 2.5e-6 * nodes * 1e11 * self.threads / (2 * weights)
 
     def width(self, rows: int, new: int, exact: bool = False) -> int:
         """How many tokens a row the coming forward takes: as many as the last one, if it was little wider.
