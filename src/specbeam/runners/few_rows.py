@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from specbeam.runners.fuse import MOST_WEIGHTS
-from specbeam.runners.matvec import ACTIVATIONS, _activate, _begin, _normed, early
+from specbeam.runners.matvec import ACTIVATIONS, _activate, _begin, _chosen, _normed, early
 
 
 @dataclass(frozen=True)
@@ -180,20 +180,8 @@ def _product(x, norm, added, out, w0, w1, w2, b0, b1, b2, start1, start2, size0,
              ADDED: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr):
     BLOCKS: tl.constexpr = (COLUMNS + 32 * WARPS - 1) // (32 * WARPS)
     GATE: tl.constexpr = ACT > 0
-    number = tl.program_id(0)
-    w, b, size, base, has = w0, b0, size0, 0, BIASES % 2 > 0
-    if ACT == 0:
-        if WEIGHTS > 2:
-            if number >= start2:
-                w, b, size, base, has = w2, b2, size2, size0 + size1, BIASES // 4 > 0
-                number -= start2
-            elif number >= start1:
-                w, b, size, base, has = w1, b1, size1, size0, BIASES // 2 % 2 > 0
-                number -= start1
-        elif WEIGHTS > 1:  # noqa: SIM102 (that is asked when compiling)
-            if number >= start1:
-                w, b, size, base, has = w1, b1, size1, size0, BIASES // 2 % 2 > 0
-                number -= start1
+    w, b, size, base, has, number = _chosen(w0, w1, w2, b0, b1, b2, start1, start2, size0, size1, size2, WEIGHTS,
+                                            BIASES, ACT)
     # The last program of a weight begins so early that it has all its rows: some are then computed twice.
     row = tl.maximum(tl.minimum(number * GROUPS * 8, size - GROUPS * 8), 0)
     w += row.to(tl.int64) * COLUMNS

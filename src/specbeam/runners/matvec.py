@@ -155,12 +155,10 @@ def _activate(x, ACT: tl.constexpr):
 
 
 @triton.jit
-def _product(x, post, residual, norm, added, out, w0, w1, w2, b0, b1, b2, start1, start2, size0, size1, size2, eps,
-             COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr,
-             WEIGHTS: tl.constexpr, POST: tl.constexpr, NORM: tl.constexpr, PLUS: tl.constexpr, BIASES: tl.constexpr,
-             ACT: tl.constexpr, ADDED: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr):
-    BLOCKS: tl.constexpr = (COLUMNS + BLOCK - 1) // BLOCK
-    GATE: tl.constexpr = ACT > 0
+def _chosen(w0, w1, w2, b0, b1, b2, start1, start2, size0, size1, size2, WEIGHTS: tl.constexpr, BIASES: tl.constexpr,
+            ACT: tl.constexpr):
+    """Which of up to three weights is this program's (of a gate's two both are): it, its bias, its rows, where they
+    begin in the result, whether there is a bias, and the program's number among its own."""
     number = tl.program_id(0)
     w, b, size, base, has = w0, b0, size0, 0, BIASES % 2 > 0
     if ACT == 0:
@@ -175,6 +173,18 @@ def _product(x, post, residual, norm, added, out, w0, w1, w2, b0, b1, b2, start1
             if number >= start1:
                 w, b, size, base, has = w1, b1, size1, size0, BIASES // 2 % 2 > 0
                 number -= start1
+    return w, b, size, base, has, number
+
+
+@triton.jit
+def _product(x, post, residual, norm, added, out, w0, w1, w2, b0, b1, b2, start1, start2, size0, size1, size2, eps,
+             COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr,
+             WEIGHTS: tl.constexpr, POST: tl.constexpr, NORM: tl.constexpr, PLUS: tl.constexpr, BIASES: tl.constexpr,
+             ACT: tl.constexpr, ADDED: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr):
+    BLOCKS: tl.constexpr = (COLUMNS + BLOCK - 1) // BLOCK
+    GATE: tl.constexpr = ACT > 0
+    w, b, size, base, has, number = _chosen(w0, w1, w2, b0, b1, b2, start1, start2, size0, size1, size2, WEIGHTS,
+                                            BIASES, ACT)
     # The last program of a weight begins so early that it has all its rows: some are then computed twice.
     row = tl.minimum(number * ROWS, size - ROWS)
     w += row.to(tl.int64) * COLUMNS
