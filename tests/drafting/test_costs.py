@@ -29,6 +29,7 @@ def measured(shapes, times: int = 15, noise: float = 0.03, slow: float = 1.0, co
             costs.forward(rows, new, changed, target_seconds(rows, new, changed) * some)
             if new > 1:
                 costs.drafted(rows, new - 1, draft_seconds(rows, new - 1) * some)
+    costs.hear()
     return costs
 
 
@@ -162,7 +163,19 @@ def test_a_measurement_after_a_long_time_takes_the_place_of_the_old_ones():
     costs = measured([(8, 9)])
     measured([(8, 1), (8, 2), (8, 3)], 80, costs=costs)
     costs.forward(8, 9, False, 1.0)
+    costs.hear()
     assert list(costs.target[8, 9, 0]) == [1.0]
+
+
+def test_measurements_are_heard_together_and_at_once_where_nothing_is_known():
+    costs = measured([(8, 1), (8, 3)])
+    before = costs.seconds(8, 3)
+    costs.forward(8, 3, False, 100.0)
+    assert costs.seconds(8, 3) == before and costs.unheard
+    costs.forward(1, 1, False, 1.0)
+    costs.forward(1, 1, False, 1.0)
+    assert costs.knows(8) and costs.unheard, "eight rows are known"
+    assert costs.knows(1) and not costs.unheard
 
 
 def test_shapes_do_not_pile_up():

@@ -217,6 +217,7 @@ def test_auto_reads_on_only_when_a_draft_forward_is_worth_its_time(target, draft
     chosen = auto(target, draft, rows=4)
     columns(chosen, 0.0, rows=4)
     chosen.costs.drafted(4, 1, 0.8)
+    chosen.costs.hear()
     for _ in range(40):
         chosen.learned.learn(0.95, True)
     chosen.limits([8] * 4)

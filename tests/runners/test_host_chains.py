@@ -18,9 +18,11 @@ from test_chains import (
     speculative,
 )
 from tiny import prompts
+from transformers import EncoderRepetitionPenaltyLogitsProcessor, LogitsProcessorList
 
 import specbeam
 from specbeam.runners import choose
+from specbeam.runners.chains import Shape
 from specbeam.runners.host_chains import HostChains
 
 backend = pytest.importorskip("specbeam.runners.openvino", reason="openvino is not installed")
@@ -76,6 +78,35 @@ def test_rows_that_end_and_join_change_nothing(name, shaping, method, on_host, m
     monkeypatch.setattr(backend, "_SLACK", 2)  # the state is compacted again and again
     check_rows_that_end_and_join(name, shaping, method, on_host)
     assert not fell_back(caplog)
+
+
+REMEMBER = {
+    "n-grams": {"no_repeat_ngram_size": 2}, "bad words": {"bad_words_ids": [[7, 3], [9]]},
+    "of its own text": {"logits_processor": [lambda ids, scores: scores + ids.sum(1, keepdim=True) % 7 * scores]},
+    "a grammar": {"prefix_allowed_tokens_fn": lambda row, ids: list(range(int(ids[-1]) % 5, 90, 2))}}
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("remember", REMEMBER)
+@pytest.mark.parametrize("method", [plain, speculative])
+@pytest.mark.parametrize("drawn", [{}, {"temperature": 0.9}], ids=["greedy", "drawn"])
+def test_processors_that_remember_see_each_tokens_own_text(method, drawn, remember, rows, on_host, caplog):
+    target, draft, given = model("llama"), good_draft("llama"), prompts(ROWS[rows])
+    call = partial(method, target, draft, given, max_new_tokens=14, seed=5, **drawn, **REMEMBER[remember])
+    wanted = call()
+    reads = on_host(target, draft)
+    before = len(reads)
+    check_rounds(call(), wanted)
+    assert (len(reads) > before) == (remember != "a grammar" or len(given) == 1), "a grammar knows its row"
+    assert not fell_back(caplog)
+
+
+def test_processors_of_two_rows_are_told_apart_by_all_of_their_numbers():
+    prompts = [torch.zeros(1, 2000, dtype=torch.long) for _ in range(2)]
+    prompts[1][0, 1000] = 1
+    lists = [LogitsProcessorList([EncoderRepetitionPenaltyLogitsProcessor(1.5, one)]) for one in prompts]
+    assert Shape.of(lists, samples=False, recorded=False) is None
+    assert Shape.of([lists[0]] * 2, samples=False, recorded=False) is not None
 
 
 @pytest.mark.parametrize("options", [

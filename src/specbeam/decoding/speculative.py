@@ -156,11 +156,12 @@ def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
                 proposal = length.trim(proposal)
             drafted = batch.clock.mark()
             last = [state.tokens[-1] for state in states]
-            block = _block(last, proposal, tree.device)
+            asked = proposal if proposal is not None and any(proposal.tokens) else None
+            block = _block(last, asked, tree.device)
             logits, nodes = tree.extend(tips, block)
             verified, width = batch.clock.mark(), block.tokens.shape[1]
-            paths, following = _choose(request, batch, batch.live, logits, proposal, settings.acceptance)
-            tips = nodes if proposal is None else nodes.pick(
+            paths, following = _choose(request, batch, batch.live, logits, asked, settings.acceptance)
+            tips = nodes if asked is None else nodes.pick(
                 torch.tensor([[path[-1] + 1 if path else 0] for path in paths], device=tree.device))
         else:
             drafted, verified, width, proposal, paths, following = _recorded(

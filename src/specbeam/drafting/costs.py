@@ -14,7 +14,7 @@ where little was measured; old measurements weigh less. So what some numbers of 
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -26,7 +26,7 @@ import numpy as np
 _HALF_LIFE = 128  # measurements (of any shape) after which one counts half; at twice that age a new one replaces it
 _OTHER = 1.4  # times the usual seconds is another machine, if it lasts
 _TRUST = 3  # measurements of one shape that count as much as the fit
-_TOGETHER = 32  # measurements that are heard together, but for the first of a shape
+_TOGETHER = 32  # measurements that are heard together; at first an eighth of all
 _CHECK, _LATEST_CHECK = 32, 128  # rounds with proposals until plain ones are measured again, at first and at last
 
 
@@ -70,9 +70,9 @@ class Costs:
     gained: deque[tuple[float, float]] = field(default_factory=_recent)  # tokens per row, plain rounds it took
     unchecked: int = 0  # rounds with proposals since the last plain one
     check: int = _CHECK  # when they are that many
-    count: int = 0  # of all measurements
-    unheard: int = 0  # of them, since the following was worked out
-    worked_out: dict[tuple, Any] = field(default_factory=dict)  # it takes a tenth of a millisecond
+    count: int = 0  # of all measurements that were heard
+    unheard: list[tuple[bool, tuple[int, ...], float]] = field(default_factory=list)  # of the target, shape, seconds
+    worked_out: dict[tuple, Any] = field(default_factory=dict)  # it takes half a millisecond, in caches that are cold
 
     def copy(self) -> Costs:
         """A first guess for another size of context: one measurement of each shape."""
@@ -85,18 +85,34 @@ class Costs:
 
     def forward(self, rows: int, new: int, changed: bool, seconds: float) -> None:
         """A target's forward took so long."""
-        own = self.target[rows, new, int(changed)]
-        since, factor = own.before, self._measured(own, seconds)
-        if factor and not changed:
-            self._scale(factor, since)
+        self._later(True, (rows, new, int(changed)), seconds)
 
     def drafted(self, rows: int, steps: int, seconds: float) -> None:
         """A draft's forwards of one round took so long; looking something up is one."""
-        self._measured(self.draft[rows, steps], seconds)
+        self._later(False, (rows, steps), seconds)
 
     def waited(self, proposed: bool, seconds: float) -> None:
         """A round took so much longer than its forwards."""
         self.beside[proposed].append(seconds)
+
+    def _later(self, targets: bool, shape: tuple[int, ...], seconds: float) -> None:
+        self.unheard.append((targets, shape, seconds))
+        if len(self.unheard) >= min(_TOGETHER, 1 + self.count // 8):
+            self.hear()
+
+    def hear(self) -> None:
+        """What was measured since the last time; all is worked out anew when it is asked for, and what is very old is
+        forgotten."""
+        for targets, shape, seconds in self.unheard:
+            some = (self.target if targets else self.draft)[shape]
+            since, factor = some.before, self._measured(some, seconds)
+            if factor and targets and not shape[2]:
+                self._scale(factor, since)
+        self.unheard.clear()
+        self.worked_out.clear()
+        for shapes in (self.target, self.draft):
+            for old in [shape for shape, some in shapes.items() if self._weight(some) < 0.05]:
+                del shapes[old]
 
     def _measured(self, some: Seconds, seconds: float) -> float:
         """If it is the third time in a row that a shape took otherwise than ever: how many times longer; else 0."""
@@ -110,10 +126,8 @@ class Costs:
                 some.clear()
                 some.extend(late[:-1])
         some.append(seconds)
-        self.count, self.unheard = self.count + 1, self.unheard + 1
+        self.count += 1
         some.at, some.before = self.count, some.at
-        if len(some) <= _TRUST or self.unheard >= _TOGETHER:
-            self._hear()
         return factor
 
     def _scale(self, factor: float, since: int) -> None:
@@ -123,15 +137,6 @@ class Costs:
                 some.scaled = self.count
                 for place, seconds in enumerate(some):
                     some[place] = seconds * factor
-        self.worked_out.clear()
-
-    def _hear(self) -> None:
-        """Work all out anew when it is asked for; forget what is very old."""
-        self.worked_out.clear()
-        self.unheard = 0
-        for shapes in (self.target, self.draft):
-            for shape in [shape for shape, some in shapes.items() if self._weight(some) < 0.05]:
-                del shapes[shape]
 
     def _weight(self, some: Seconds) -> float:
         """How many measurements these count as."""
@@ -144,20 +149,23 @@ class Costs:
 
     def knows(self, rows: int) -> bool:
         """Whether plain rounds of about so many rows were measured: one is by itself, 8 stands for 5 to 15."""
-        key = "knows", rows
-        if key not in self.worked_out:
-            near = [other for (other, new, changed), some in self.target.items()
-                    if new == 1 and not changed and self._weight(some) > 1]
-            self.worked_out[key] = any(n == rows or (n > 1 and n < 2 * rows < 4 * n) for n in near)
-        return self.worked_out[key]
+        return self._heard(("knows", rows), lambda: any(
+            new == 1 and not changed and (n == rows or (n > 1 and n < 2 * rows < 4 * n)) and self._weight(some) > 1
+            for (n, new, changed), some in self.target.items()))
 
     @property
     def few(self) -> bool:
         """Whether what a longer forward costs is hardly known yet."""
-        if ("few",) not in self.worked_out:
-            longer = [len(some) for (_, new, _), some in self.target.items() if new > 1]
-            self.worked_out["few",] = sum(longer) < _TRUST
-        return self.worked_out["few",]
+        return not self._heard(("many",), lambda: sum(
+            len(some) for (_, new, _), some in self.target.items() if new > 1) >= _TRUST)
+
+    def _heard(self, key: tuple, enough: Callable[[], bool]) -> bool:
+        if key not in self.worked_out:
+            self.worked_out[key] = enough()
+        if not self.worked_out[key] and self.unheard:
+            self.hear()
+            self.worked_out[key] = enough()
+        return self.worked_out[key]
 
     def _of_target(self) -> np.ndarray:
         """a, b, c, s, δ."""
@@ -235,7 +243,6 @@ class Costs:
                 some.popleft()
                 if not some:
                     del self.target[shape]
-        self.worked_out.clear()
 
 
 def _features(rows: int, new: int, changed: int) -> tuple[float, ...]:

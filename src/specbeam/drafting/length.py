@@ -261,6 +261,8 @@ class Length:
         """Cut proposals that were not drawn to what pays: each of their tokens is a function of its prefix."""
         if not self.auto or proposal.q is not None or not any(proposal.tokens):
             return proposal
+        if self.column and self.settings.drafter != "combined" and proposal.chained:  # `proposes` was asked
+            return proposal
         chances: list[list[float]] = []
         for row, above in enumerate(proposal.parents):
             sure = proposal.confidence[row] if proposal.confidence else [UNKNOWN] * len(above)
@@ -347,5 +349,6 @@ def write_costs(path: str, target: Any, draft: Any = None, rows: int = 1, **opti
         raise InputError(f"nothing was learned yet for drafter={settings.drafter} with {rows} rows and these options: "
                          "generate with draft_length=\"auto\" first.")
     its = learned[size]
+    known[size].hear()
     Path(path).write_text(json.dumps({"prices": asdict(known[size].prices(rows)), "tried": its.tried,
                                       "kept": its.kept, "usual": its.usual}, indent=1), encoding="utf-8")

@@ -7,7 +7,7 @@ In a chain slot i holds position i: a row's length alone says which slots it see
 positions, so that no mask is made outside. A proposal always has its full length, whatever a row may still use of it,
 so that the end of an answer is no new shape.
 Only processors that look at the scores, and the repetition penalty, can be recorded; others leave their method in its
-ordinary loop. On a CPU host_chains.py does the same without recording.
+ordinary loop. On a CPU host_chains.py does the same without recording, and with any of them.
 """
 
 from __future__ import annotations
@@ -47,11 +47,13 @@ class Shape:
     processors: LogitsProcessorList = field(compare=False)
 
     @classmethod
-    def of(cls, processors: Sequence[LogitsProcessorList], samples: bool) -> Shape | None:
-        """None: these cannot be recorded, or differ from row to row."""
-        keys = {tuple((type(one), *sorted((name, str(value)) for name, value in vars(one).items())) for one in row)
+    def of(cls, processors: Sequence[LogitsProcessorList], samples: bool, recorded: bool = True) -> Shape | None:
+        """None: these cannot be recorded, or differ from row to row. recorded: False for a host, which can call any."""
+        keys = {tuple((type(one), *sorted((name, _shown(value)) for name, value in vars(one).items())) for one in row)
                 for row in processors}
         history = False
+        if not recorded:
+            return cls(keys.pop(), samples, history, processors[0]) if len(keys) == 1 else None
         for one in processors[0]:
             if type(one) is hf.RepetitionPenaltyLogitsProcessor and getattr(one, "prompt_ignore_length", None) is None:
                 history = True
@@ -73,12 +75,17 @@ class Shape:
         return flat.view(scores.shape)
 
 
+def _shown(value: Any) -> str:
+    """A long tensor's own text leaves most of it out."""
+    return str(value.tolist() if isinstance(value, Tensor) else value)
+
+
 def shape_of(adapter: Adapter, processors: Sequence[LogitsProcessorList], samples: bool) -> Shape | None:
     """None: this model, or what shapes its scores, is not for recorded functions."""
     # Rotary scaling that looks at the longest row must not see tokens that nobody will use.
     if not (adapter.runner.fuse or adapter.runner.reads) or adapter.rope_limit is not None:
         return None
-    return Shape.of(processors, samples)
+    return Shape.of(processors, samples, recorded=not adapter.runner.reads)
 
 
 def chains_of(tree: TokenTree, shape: Shape | None, reads: bool = False) -> Chains | HostChains | None:

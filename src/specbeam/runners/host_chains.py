@@ -75,7 +75,9 @@ class HostChains:
         if self.numbers:
             best = logits.argmax(-1)
         else:
-            scores = self._scores(logits, lambda row, node: [*texts[row], *ids[row, :node].tolist()])
+            # Behind what is meant nothing is asked: a row's own text will do, which its processors know.
+            scores = self._scores(logits, lambda row, node: [
+                *texts[row], *(ids[row, :node].tolist() if node <= lengths[row] else ())])
             if rule is not None:
                 q = q[:, :count] if q is not None and count else None
                 found = rule(proposed, scores.softmax(-1), q, torch.tensor(lengths), uniform, invert)
