@@ -20,9 +20,9 @@ import torch
 import transformers
 
 from specbeam.engine.runner import Adapter
-from specbeam.runners.openvino_export import compress, export
+from specbeam.runners.openvino_export import compress, export, keep_narrow, narrow
 
-_FORMAT = 2  # of what export makes: raise it when that changes
+_FORMAT = 3  # of what export makes: raise it when that changes
 
 
 def compute_type(adapter: Adapter, precision: str | None) -> str:
@@ -36,19 +36,27 @@ def load(adapter: Adapter, precision: str | None = None) -> ov.Model:
     folder = cache_folder() / f"openvino-{fingerprint(adapter, weights)}"
     if (folder / "model.xml").exists():
         try:
-            return ov.Core().read_model(folder / "model.xml")
+            return _read(folder)
         except RuntimeError:  # half a disk, or another version's file: convert again
             shutil.rmtree(folder, ignore_errors=True)
     started = time.perf_counter()
     model = export(adapter)
     if weights == "int8":
         compress(model)
+    else:
+        narrow(model)
     kept = _keep(model, folder)
     name = adapter.model.config._name_or_path or adapter.name
     logging.getLogger("specbeam").info(
         "%s converted for OpenVINO in %.0f s%s.", name, time.perf_counter() - started,
         f"; it is kept in {folder.parent}" if kept else " (not kept: the cache folder cannot be written)")
-    return ov.Core().read_model(folder / "model.xml") if kept else model
+    return _read(folder) if kept else model
+
+
+def _read(folder: Path) -> ov.Model:
+    model = ov.Core().read_model(folder / "model.xml")
+    keep_narrow(model)
+    return model
 
 
 def cache_folder() -> Path:
