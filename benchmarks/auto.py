@@ -35,7 +35,7 @@ from specbeam.experiment.statistics import summarise
 
 CATEGORIES = {"translation": "translation", "summarization": "summary", "qa": "qa", "math_reasoning": "math",
               "rag": "rag"}  # of Spec-Bench; its other eight are mt-bench
-FIXED = {1: (2, 4, 8), 8: (1, 2, 4)}  # draft lengths that auto is held against, by batch size
+FIXED = {1: (2, 3, 4, 8), 8: (1, 2, 4)}  # draft lengths that auto is held against, by batch size
 NO_PAIR_TWICE = {"no_repeat_ngram_size": 2}
 Row = dict[str, Any]
 

@@ -70,14 +70,14 @@ class World:
 
     def target(self, rows: int, new: int, exact: bool = False) -> float:
         kept = self.wide if self.rows == rows else 0
-        self.wasted += rows * (kept - new)
+        self.wasted += rows * (kept - new) + 5 * ((rows * kept > 4) - (rows * new > 4))
         if kept <= new or exact or self.wasted > self.PATIENCE:
             kept, self.wasted = new, 0.0
         self.changed = (rows, kept) != (self.rows, self.wide)
         self.rows, self.wide = rows, kept
         tokens = rows * kept
-        return self.noisy(2.95 + 0.21 * min(tokens, 9) + 0.15 * max(0, tokens - 9) + 0.12 * (kept > 1)
-                          + 1.2 * self.changed)
+        return self.noisy(2.85 + 0.17 * min(tokens, 4) + 0.3 * max(0, min(tokens, 9) - 4) + 0.24 * max(0, tokens - 9)
+                          + 1.0 * (tokens > 4) + 0.15 * (kept > 1) + 1.1 * self.changed)
 
     def draft(self, rows: int, first: bool) -> float:
         return self.noisy(0.73 + 0.17 * (rows - 1) if first else 0.42 + 0.1 * (rows - 1))
@@ -109,7 +109,7 @@ def decode(world: World, answers: list[Answer], gamma: int | str, pair: tuple[Mo
                 drafting, proposal = propose(world, live, limits, length)
                 counts = [len(ids) for ids in proposal.tokens]
             verify = world.target(len(live), max(counts) + 1)
-            beside = world.noisy(0.03 + (0.05 + 0.03 * max(counts)) * length.auto)
+            beside = world.noisy(0.03 + (0.04 + 0.02 * max(counts)) * length.auto)
             right = [min(n, answer.chains[at - 1][1]) for n, (answer, at) in zip(counts, live, strict=True)]
             seconds = [drafting, verify, drafting + verify + beside]
             clock += seconds[2]
@@ -184,7 +184,7 @@ def main() -> None:
     texts = {name: [Answer(**one) for one in answers]
              for name, answers in json.loads(chosen.record.read_text(encoding="utf-8")).items()}
     for rows in map(int, chosen.rows.split(",")):
-        lengths = (1, 2, 4, 8)
+        lengths = (1, 2, 3, 4, 8)
         print(table(simulate(texts, rows, chosen.seeds, lengths), rows, lengths), end="\n\n")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
+from itertools import chain
 from math import isfinite
 from random import Random
 
@@ -178,6 +180,26 @@ def test_measurements_are_heard_together_and_at_once_where_nothing_is_known():
     assert costs.knows(1) and not costs.unheard
 
 
+@pytest.mark.parametrize("rows, place", [(1, 4), (2, 2), (3, 1)])
+def test_where_a_runner_does_otherwise_for_more_tokens_a_token_costs_more(rows, place):
+    """Up to four tokens in all by a kernel of their own, as openvino.py of 16-bit weights."""
+    costs, random = Costs(), Random(0)
+    for _ in range(15):
+        for new in (1, 2, 3, 4, 5, 6, 9):
+            some = random.lognormvariate(0, 0.03)
+            costs.forward(rows, new, False, (3.0 + 0.1 * rows * new + 1.5 * (rows * new > 4)) * some)
+    costs.hear()
+    prices = costs.prices(rows)
+    assert prices.steps[0][0] == place
+    found = prices.token + prices.bend * (2 * place - 1) + prices.first * (place == 1) + prices.steps[0][1]
+    assert found == pytest.approx((0.1 * rows + 1.5) / costs.plain(rows), rel=0.3)
+    assert measured(SHAPES).prices(rows).steps[0][1] < 0.1, "and nothing where there is no such step"
+
+
+def test_more_rows_than_a_few_have_passed_the_step():
+    assert [place for place, _ in measured(SHAPES).prices(8).steps] == [2]
+
+
 def test_shapes_do_not_pile_up():
     costs = Costs()
     for new in range(1, 3000):
@@ -222,7 +244,8 @@ def test_what_took_no_time_is_no_error():
         costs.drafted(1, 1, 0.0)
         costs.waited(True, 0.0)
     assert costs.seconds(1, 1) >= 0 and costs.drafting(1)[1] >= 0
-    assert isfinite(costs.usual(1, 1, 3)) and all(map(isfinite, vars(costs.prices(1)).values()))
+    *alone, steps = astuple(costs.prices(1))
+    assert all(map(isfinite, [costs.usual(1, 1, 3), *alone, *chain.from_iterable(steps)]))
 
 
 def test_the_fit_is_not_worked_out_anew_for_every_round():

@@ -196,6 +196,17 @@ def test_auto_stops_where_the_chance_of_the_whole_prefix_is_below_its_cost(targe
     assert chosen.why == ["not worth its time"]
 
 
+def test_auto_asks_more_of_a_token_that_takes_the_target_past_a_step(target, draft):
+    chosen = auto(target, draft)
+    plain_rounds(chosen)
+    chosen.limits([8])
+    chosen.prices = Prices(token=0.05, steps=((2, 0.4),))
+    assert [chosen.proposes([True], [0.9])[0] for _ in range(4)] == [True] * 4
+    chosen.limits([8])
+    chosen.prices = Prices(token=0.05, steps=((2, 0.4),))
+    assert [chosen.proposes([True], [0.6])[0] for _ in range(2)] == [True, False]
+
+
 def test_auto_believes_what_was_accepted_more_than_what_the_draft_thinks(target, draft):
     chosen = auto(target, draft)
     for _ in range(100):
@@ -400,7 +411,8 @@ GOOD = {"prices": {"draft": 0.2, "token": 0.1, "rate": 1.2}, "tried": [0] * 10, 
     "not json", "[]", "{}", "\udcff", *(json.dumps(GOOD | wrong) for wrong in (
         {"tried": [0] * 9}, {"tried": ["x"] * 10}, {"kept": None}, {"kept": [-1] * 10}, {"usual": "x"},
         {"usual": None}, {"prices": []}, {"prices": {"draft": 0.2, "cost": 1}}, {"prices": {"draft": float("nan")}},
-        {"prices": {"draft": -1.0}}, {"prices": {"token": "x"}}))])
+        {"prices": {"draft": -1.0}}, {"prices": {"token": "x"}},
+        {"prices": {"steps": 4}}, {"prices": {"steps": [[4]]}}, {"prices": {"steps": [[4, -0.1]]}}))])
 def test_a_file_that_is_no_costs_file_is_refused_in_one_sentence(tmp_path, text):
     file = tmp_path / "costs.json"
     file.write_bytes(text.encode("utf-8", "surrogateescape"))
@@ -413,6 +425,8 @@ def test_a_good_file_is_read(tmp_path):
     file = tmp_path / "costs.json"
     file.write_text(json.dumps(GOOD))
     assert read_costs(str(file))[1] == Prices(0.2, 0.1, 1.2)
+    file.write_text(json.dumps(GOOD | {"prices": {"draft": 0.2, "steps": [[4, 0.3]]}}))
+    assert read_costs(str(file))[1] == Prices(0.2, steps=((4, 0.3),))
 
 
 @pytest.mark.parametrize("name", ["missing.json", "."])

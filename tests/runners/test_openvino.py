@@ -9,7 +9,6 @@ import os
 import weakref
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 import torch
 from families import MORE, RUNS, random_model
@@ -346,19 +345,3 @@ def test_the_model_is_freed_with_its_runner(monkeypatch):
     del target
     gc.collect()
     assert gone() is None
-
-
-def test_a_product_whose_scalar_is_added_is_left_with_its_sum():
-    """Asking for the last dimension of a number without any ends the process."""
-    from openvino import opset13 as ops
-
-    from specbeam.runners import openvino_export
-
-    given = ops.parameter([1, 1, 4], np.float32)
-    wide, narrow = (ops.matmul(given, ops.constant(np.ones((rows, 4), np.float32)), False, True) for rows in (3, 2))
-    model = backend.ov.Model([ops.add(wide, ops.constant(np.float32(1))), ops.add(narrow, ops.constant(
-        np.ones(1, np.float32)))], [given])
-    openvino_export._merge(model)
-    assert [node.get_type_name() for node in model.get_ordered_ops()].count("MatMul") == 1
-    found = backend.ov.Core().compile_model(model, "CPU")(np.ones((1, 1, 4), np.float32))
-    assert [part.tolist() for part in found.values()] == [[[[5.0] * 3]], [[[5.0] * 2]]]

@@ -2,13 +2,14 @@
 
 A target's forward of rows · new = N tokens is taken to need
 
-    a + b N + c N² + s [new > 1] + δ [shaped otherwise than the one before]
+    a + b N + c N² + s [new > 1] + δ [shaped otherwise than the one before] + e [N > 4] + f [N > 16]
 
 seconds: reading the weights, arithmetic, what a forward with proposals needs more whatever their number (a draft has
-pushed its weights out of the caches, or a runner is faster with one token), and what a runner loses by a new shape
-(openvino.py). A draft's chain of n steps of so many rows needs n (u + v · rows) + p + q · rows: its first step is the
-dearer one. Least squares of relative errors over the medians at each shape, no coefficient below 0, drawn to a guess
-where little was measured; old measurements weigh less. So what some numbers of rows taught is known of others.
+pushed its weights out of the caches, or a runner is faster with one token), what a runner loses by a new shape
+(openvino.py), and what it does otherwise for more tokens than a few. A draft's chain of n steps of so many rows needs
+n (u + v · rows) + p + q · rows: its first step is the dearer one. Least squares of relative errors over the medians at
+each shape, no coefficient below 0, drawn to a guess where little was measured; old measurements weigh less. So what
+some numbers of rows taught is known of others.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ _HALF_LIFE = 128  # measurements (of any shape) after which one counts half; at 
 _OTHER = 1.4  # times the usual seconds is another machine, if it lasts
 _TRUST = 3  # measurements of one shape that count as much as the fit
 _TOGETHER = 32  # measurements that are heard together; at first an eighth of all
+_FEW = 4, 16  # tokens up to which runners have kernels of their own
 _CHECK, _LATEST_CHECK = 32, 128  # rounds with proposals until plain ones are measured again, at first and at last
 
 
@@ -34,7 +36,8 @@ _CHECK, _LATEST_CHECK = 32, 128  # rounds with proposals until plain ones are me
 class Prices:
     """In plain rounds. draft: one more draft forward (or looking up); token, bend: x more tokens of every row in the
     target's forward are token · x + bend · x²; first: proposing anything at all; change: a target's forward of another
-    width than the last one's. rate: tokens per plain round and row, with proposals."""
+    width than the last one's. rate: tokens per plain round and row, with proposals. steps: (x, what the x-th of these
+    tokens costs more, since a runner does otherwise from there on)."""
 
     draft: float = 0.1
     token: float = 0.05
@@ -42,6 +45,7 @@ class Prices:
     change: float = 0.0
     bend: float = 0.0
     first: float = 0.0
+    steps: tuple[tuple[int, float], ...] = ()
 
 
 class Seconds(deque[float]):
@@ -168,13 +172,14 @@ class Costs:
         return self.worked_out[key]
 
     def _of_target(self) -> np.ndarray:
-        """a, b, c, s, δ."""
+        """a, b, c, s, δ, e, f."""
         if ("target",) not in self.worked_out:
             plain = [shape for shape in self.target if shape[1:] == (1, 0)]
             least = min(plain or self.target)
             one, tokens = median(self.target[least]), least[0] * least[1]
             drawn = [(0.0, 0.0), (2.0, 0.05 * one / tokens), (20.0, 0.0), (2.0, 0.0), (0.7, 0.0)]
-            unit = [1.0, tokens, 8.0 * tokens * tokens, 1.0, 1.0]
+            drawn += [(2.0, 0.0) for _ in _FEW]
+            unit = [1.0, tokens, 8.0 * tokens * tokens, 1.0, 1.0, *(1.0 for _ in _FEW)]
             points = [(_features(*shape), self._weight(some), median(some)) for shape, some in self.target.items()]
             self.worked_out["target",] = fit(points, drawn, unit, one)
         return self.worked_out["target",]
@@ -216,11 +221,13 @@ class Costs:
         key = "prices", rows
         if key not in self.worked_out:
             plain = self.plain(rows)
-            _, b, c, s, change = (self._of_target() / plain).tolist()
+            _, b, c, s, change, *steps = (self._of_target() / plain).tolist()
             rate = sum(n for n, _ in self.gained) / sum(n for _, n in self.gained) if self.gained else 1.0
             draft = self.drafting(rows)[1] / plain if self.draft else Prices.draft
             found = draft, b * rows + 2 * c * rows * rows, rate, change, c * rows * rows, s
-            self.worked_out[key] = Prices(*(round(price, 6) for price in found))
+            draft, token, rate, change, bend, first = (round(price, 6) for price in found)
+            self.worked_out[key] = Prices(draft, token, rate, change, bend, first, tuple(
+                (few // rows, round(step, 6)) for few, step in zip(_FEW, steps, strict=True) if few >= rows))
         return self.worked_out[key]
 
     def usual(self, rows: int, steps: int, new: int, changed: bool = False) -> float:
@@ -247,7 +254,7 @@ class Costs:
 
 def _features(rows: int, new: int, changed: int) -> tuple[float, ...]:
     tokens = rows * new
-    return 1.0, tokens, tokens * tokens, new > 1, changed
+    return 1.0, tokens, tokens * tokens, new > 1, changed, *(tokens > few for few in _FEW)
 
 
 def _steps(rows: int, steps: int) -> tuple[float, ...]:

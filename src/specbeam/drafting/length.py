@@ -25,7 +25,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
+from itertools import chain
 from math import exp, isfinite, log, sqrt
 from pathlib import Path
 from statistics import median
@@ -232,7 +233,7 @@ class Length:
         prices = self.prices
         grows = column == self.wide and not self.frozen  # the forward reads the last text's token too
         return (prices.token + prices.bend * (2 * column - 1) + prices.first * (column == 1)
-                + prices.change / _LASTS * grows)
+                + prices.change / _LASTS * grows + sum(price for place, price in prices.steps if place == column))
 
     def reads_on(self, wanted: Sequence[bool]) -> list[bool]:
         """Which of the `wanted` rows another draft forward is worth its time for, before its outcome is known."""
@@ -326,10 +327,12 @@ def read_costs(path: str) -> tuple[Learned, Prices]:
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
         learned, prices = Learned(data["tried"], data["kept"], data["usual"]), Prices(**data["prices"])
+        prices = replace(prices, steps=tuple((place, price) for place, price in prices.steps))
         # Whatever is divided by or compared later is there, and is a number.
         assert len(learned.tried) == len(learned.kept) == _BUCKETS
-        assert all(x >= 0 and isfinite(x) for x in [*learned.tried, *learned.kept, learned.usual,
-                                                    *asdict(prices).values()])
+        *alone, steps = astuple(prices)
+        assert all(x >= 0 and isfinite(x) for x in [*learned.tried, *learned.kept, learned.usual, *alone,
+                                                    *chain.from_iterable(steps)])
     except OSError as error:
         raise InputError(f"costs file {path!r} cannot be read ({error.strerror}): give one written by "
                          "specbeam.drafting.length.write_costs.") from None

@@ -23,9 +23,11 @@ from torch import Tensor
 from specbeam.engine.runner import Adapter, Runner
 from specbeam.runners.choose import threads
 from specbeam.runners.openvino_cache import compute_type, load
+from specbeam.runners.openvino_export import keep_narrow
 
 _HIDDEN = -1e38  # added to a score; finite (in bfloat16 too), as NaN comes of inf - inf
 _ADDED = np.array([_HIDDEN, 0.0], dtype=np.float32)  # by whether a token is seen
+_FEW, _WIDENS = 4, 5  # more tokens than this cost as much as that many more, if weights must be widened for them
 _SLACK = 64  # dead positions that are left to lie, and beside them a quarter of what lives
 
 
@@ -50,6 +52,7 @@ class _Requests:
         self.shape, self.wasted = (0, 0), 0.0  # rows and tokens of the last forward; those in vain since it was chosen
         for unread in [one for one in model.get_parameters() if not one.output(0).get_target_inputs()]:
             model.remove_parameter(unread)  # `near` of a model without a window
+        self.widens = _WIDENS * keep_narrow(model)
         self.forget()
 
     def forget(self) -> None:
@@ -72,7 +75,7 @@ class _Requests:
         Another shape costs: every node prepares itself anew, which is a third of a small model's forward. Tokens in
         vain are rented for as long as they cost less than that."""
         wide = self.shape[1] if self.shape[0] == rows else 0
-        self.wasted += rows * (wide - new)
+        self.wasted += rows * (wide - new) + self.widens * ((rows * wide > _FEW) - (rows * new > _FEW))
         if wide <= new or exact or self.wasted > self.patience:
             wide, self.wasted = new, 0.0
         self.shape = (rows, wide)

@@ -207,7 +207,7 @@ def narrow(model: ov.Model) -> None:
 def _narrowed(weight: Any) -> Any:
     if weight.get_output_element_type(0) != ov.Type.f32:
         return None
-    values = torch.from_numpy(weight.get_data())
+    values = torch.from_numpy(weight.get_data().copy())
     for kind, own in ((ov.Type.bf16, torch.bfloat16), (ov.Type.f16, torch.float16)):
         half = values.to(own)
         if torch.equal(half.float(), values):
@@ -217,14 +217,18 @@ def _narrowed(weight: Any) -> Any:
     return None
 
 
-def keep_narrow(model: ov.Model) -> None:
-    """The CPU plugin would widen these weights once and for all, but for a mark that files do not keep."""
+def keep_narrow(model: ov.Model) -> bool:
+    """The CPU plugin would widen these weights once and for all, but for a mark that files do not keep. Returns whether
+    there are any."""
+    found = False
     for node in model.get_ordered_ops():
         for port in node.inputs() if node.get_type_name() == "MatMul" else ():
-            source = port.get_source_output().get_node()
-            if source.get_type_name() == "Convert" and source.input(
-                    0).get_source_output().get_node().get_type_name() == "Constant":
-                source.get_rt_info()["decompression_0"] = ""
+            wide: Any = port.get_source_output().get_node()
+            if wide.get_type_name() != "Convert" or wide.get_output_element_type(0) != ov.Type.f32:
+                continue
+            if wide.input(0).get_source_output().get_node().get_type_name() == "Constant":
+                wide.get_rt_info()["decompression_0"], found = "", True
+    return found
 
 
 def compress(model: ov.Model) -> None:
