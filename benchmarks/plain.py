@@ -48,11 +48,17 @@ def bandwidth() -> float:
     return best
 
 
-def read_per_token(model: Any, positions: int) -> int:
-    """Bytes of weights (embedding rows apart, unless they are the head too) and of keys and values."""
+def read_per_token(model: Any, positions: int, narrow: bool) -> int:
+    """Bytes of weights (embedding rows apart, unless they are the head too) and of keys and values. narrow: matrices of
+    16-bit numbers are kept as such (runners/openvino_export.py)."""
     config, head = model.config, model.get_output_embeddings().weight
     table = model.get_input_embeddings().weight
-    weights = sum(p.nbytes for p in model.parameters()) - (0 if head is table else table.nbytes)
+
+    def held(weight: torch.Tensor) -> int:
+        halved = narrow and weight.dtype == torch.float32 and torch.equal(weight.bfloat16().float(), weight)
+        return weight.nbytes // (2 if halved else 1)
+
+    weights = sum(held(weight) for weight in model.parameters() if weight is head or weight is not table)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cached = 2 * config.num_hidden_layers * config.num_key_value_heads * width * positions * model.dtype.itemsize
     return weights + cached
@@ -148,11 +154,13 @@ def main() -> None:
     model.generation_config.eos_token_id = None  # all answers have the same length, without a processor that sees to it
     runners = chosen.runners.split(",")
     names = {runner: use_runner(model, runner) for runner in runners}
-    limit = bandwidth() / read_per_token(model, len(prompts[0]) + chosen.new // 2)
-    print(f"{name}: {torch.get_num_threads()} threads, {limit:.0f} tokens a second would be the memory's limit; "
-          f"auto is {names.get('auto')}")
-    report: dict[str, Any] = {"model": name, "threads": torch.get_num_threads(), "limit": limit, "runners": names,
-                              "rounds": chosen.rounds, "new": chosen.new, "batches": {}}
+    copied, positions = bandwidth(), len(prompts[0]) + chosen.new // 2
+    limits = {narrow: copied / read_per_token(model, positions, narrow) for narrow in (False, True)}
+    print(f"{name}: {torch.get_num_threads()} threads, {limits[False]:.0f} tokens a second would be the memory's limit "
+          f"({limits[True]:.0f} with 16-bit numbers kept as such: openvino); auto is {names.get('auto')}")
+    report: dict[str, Any] = {"model": name, "threads": torch.get_num_threads(), "limit": limits[False],
+                              "limit_narrow": limits[True], "runners": names, "rounds": chosen.rounds,
+                              "new": chosen.new, "batches": {}}
     for size in [int(text) for text in chosen.batches.split(",")]:
         ids = prompts[:size]
         runs = {runner: ours(model, runner, ids, chosen.new) for runner in runners}
@@ -168,7 +176,8 @@ def main() -> None:
             same = sum(a == b for a, b in zip(row.pop("tokens"), wanted, strict=True))
             row["same"] = [same, size]
             decoding = size * (chosen.new - 1) / row["decode_ms"] * 1e3
-            row["of_limit"] = decoding / size / limit
+            used = names.get(label, names[runners[-1]] if label == "speculative 4" else "")
+            row["of_limit"] = decoding / size / limits[used.startswith("openvino")]
             loop = f"{row['decode_times']['bare loop']:.2f}" if "bare loop" in row["decode_times"] else ""
             mine = label in names or label == "speculative 4"
             outside = f"{100 * row['outside']:.1f} %" if mine else ""

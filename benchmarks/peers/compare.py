@@ -34,7 +34,8 @@ ENGINES = {  # name → (environment; None: this one, script, arguments)
 }
 SECTIONS = {
     "plain": ("plain",),
-    "speculation": ("plain", "draft model 4", "draft model auto", "prompt lookup"),
+    "speculation": ("plain", "draft model 4", "draft model 3", "draft model auto", "prompt lookup",
+                    "prompt lookup auto", "combined auto"),
     "beams": ("beams 4", "speculative beams 4"),
     "batch": ("plain, batch", "draft model 4, batch"),
 }

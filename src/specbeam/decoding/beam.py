@@ -25,6 +25,7 @@ from specbeam.decoding.rows import Batch, stops
 from specbeam.engine.support import adapt, check_lengths, evaluating
 from specbeam.engine.tree import leaves, read_prompts
 from specbeam.errors import InputError
+from specbeam.runners.host_beams import beams_of
 from specbeam.sampling import process
 from specbeam.trace import GenerationOutput, Hypothesis
 
@@ -280,6 +281,7 @@ def search(target: PreTrainedModel, request: Request, states: Sequence[State], w
     # Beams share most of their past: what they need beyond one answer each is made when it is needed.
     tree, tips, logits = read_prompts(adapter, prompts, max(lengths) + max(room) + 4 * width)
     found: list[list[Hypothesis]] = [[] for _ in lengths]
+    beams = beams_of(tree, lengths, width)
 
     logits = logits.expand(-1, width, -1)
     start = None
@@ -300,11 +302,19 @@ def search(target: PreTrainedModel, request: Request, states: Sequence[State], w
         if not batch.live:
             return batch.output(hypotheses=found)
         if stay:
-            tips, states = tips.rows(tree.keep_rows(stay)), [states[i] for i in stay]
+            states = [states[i] for i in stay]
+            if beams is not None:
+                beams.keep_rows(stay)
+            else:
+                tips = tips.rows(tree.keep_rows(stay))
         start = batch.clock.mark()
-        # Surviving is gathering: each beam's new node hangs below the beam that it was continued from.
-        tokens, origins = torch.tensor([state.front() for state in states], device=tree.device).unbind(1)
-        tips = tips.pick(origins.clamp(max=tips.depth.shape[1] - 1))
-        own = torch.arange(width, device=tree.device).expand(len(batch.live), -1)
-        logits, tips = tree.extend(tips, leaves(tokens, own))
+        front = [state.front() for state in states]
+        if beams is not None:
+            logits = beams.read(front)
+        else:
+            # Surviving is gathering: each beam's new node hangs below the beam that it was continued from.
+            tokens, origins = torch.tensor(front, device=tree.device).unbind(1)
+            tips = tips.pick(origins.clamp(max=tips.depth.shape[1] - 1))
+            own = torch.arange(width, device=tree.device).expand(len(batch.live), -1)
+            logits, tips = tree.extend(tips, leaves(tokens, own))
         batch.phases["verify"].append((start, batch.clock.mark()))

@@ -186,6 +186,25 @@ class StateSlots:
             positions = np.minimum(positions, highest)
         return self._infer(tokens, positions, masks, None if keep is None else [[place] for place in keep])
 
+    def make_room(self, alive: np.ndarray, new: int) -> np.ndarray | None:
+        """Drop dead positions if there are too many; alive: [rows, state and what comes next, `new` tokens]. Returns
+        what is left of all these, [rows, …], None: everything."""
+        start = self.length
+        most = int(alive.sum(1).max()) if start > _SLACK else start
+        if start + new - most <= _SLACK + most // 4:
+            return None
+        self.alive[:, :start], self.owner[:, :start], self.plain = alive[:, :start], _count(start), False
+        order = self._compact()
+        return np.concatenate([order, np.broadcast_to(_count(start + new)[start:], (len(order), new))], 1)
+
+    def read_seen(self, tokens: np.ndarray, positions: np.ndarray, seen: np.ndarray, near: np.ndarray) -> np.ndarray:
+        """Tokens [rows, new] at these positions [rows, new], behind the state; what each of them sees [rows, new, state
+        and new] is told, and within a window. Logits [rows, new, vocabulary], until the next forward."""
+        self.plain = False
+        rows, new = tokens.shape
+        self._grow(tokens, self._width(rows, new, exact=True))
+        return self._infer(tokens, positions, {"mask": seen, "near": near}, None)
+
     def _infer(self, tokens: Any, positions: Any, masks: dict[str, np.ndarray | None], keep: Any) -> np.ndarray:
         """tokens, positions: [rows, new]; masks: [rows, new, positions of the state] bool, None: all; keep: [rows,
         kept], None: all."""
@@ -267,10 +286,10 @@ class StateSlots:
             more = ((0, 0), (0, length - self.owner.shape[1] + length // 2 + 64))
             self.owner, self.alive = np.pad(self.owner, more), np.pad(self.alive, more, constant_values=True)
 
-    def _compact(self) -> None:
-        """Drop dead positions, and put the others in the order of their slots."""
+    def _compact(self) -> np.ndarray:
+        """Drop dead positions, and put the others in the order of their slots: which they were, [rows, state]."""
         if self.plain:
-            return
+            return np.broadcast_to(_count(self.length), (len(self.owner), self.length))
         owner, hidden = self.owner[:, : self.length], ~self.alive[:, : self.length]
         order = np.where(hidden, self.capacity + owner, owner).argsort(1)[:, : int((~hidden).sum(1).max())]
         places = torch.from_numpy(order)[:, None, :, None]
@@ -282,6 +301,7 @@ class StateSlots:
         self.length = order.shape[1]
         self.owner, self.alive = np.take_along_axis(owner, order, 1), ~np.take_along_axis(hidden, order, 1)
         self.plain = bool(self.alive.all() and (self.owner == _count(self.length)).all())
+        return order
 
 
 @lru_cache(64)
