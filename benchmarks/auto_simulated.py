@@ -76,8 +76,8 @@ class World:
         self.changed = (rows, kept) != (self.rows, self.wide)
         self.rows, self.wide = rows, kept
         tokens = rows * kept
-        return self.noisy(2.85 + 0.17 * min(tokens, 4) + 0.3 * max(0, min(tokens, 9) - 4) + 0.24 * max(0, tokens - 9)
-                          + 1.0 * (tokens > 4) + 0.15 * (kept > 1) + 1.1 * self.changed)
+        return self.noisy(2.0 + 0.22 * min(tokens, 4) + 0.22 * max(0, min(tokens, 9) - 4) + 0.2 * max(0, tokens - 9)
+                          + 0.8 * (tokens > 4) + 0.15 * (kept > 1) + 1.6 * self.changed)
 
     def draft(self, rows: int, first: bool) -> float:
         return self.noisy(0.73 + 0.17 * (rows - 1) if first else 0.42 + 0.1 * (rows - 1))

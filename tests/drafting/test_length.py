@@ -207,6 +207,25 @@ def test_auto_asks_more_of_a_token_that_takes_the_target_past_a_step(target, dra
     assert [chosen.proposes([True], [0.6])[0] for _ in range(2)] == [True, False]
 
 
+def test_a_token_within_the_width_that_the_runner_keeps_costs_nothing(target, draft):
+    chosen = auto(target, draft)
+    plain_rounds(chosen)
+    chosen.limits([8])
+    chosen.prices, chosen.wide = Prices(token=0.5, change=1.0), 3
+    assert [chosen.proposes([True], [0.7])[0] for _ in range(3)] == [True, True, False], "the last text's token is read"
+
+
+@pytest.mark.parametrize("usual, deepest", [(0.5, 3), (0.9, 3), (0.99, 8)])
+def test_proposals_end_before_a_step_unless_nearly_all_is_right(target, draft, usual, deepest):
+    """Three tokens take 1 + 3 · 0.2 plain rounds, eight 1 + 8 · 0.2 + 0.8."""
+    chosen = auto(target, draft)
+    plain_rounds(chosen)
+    chosen.prices, chosen.learned.usual = Prices(draft=0.1, token=0.1, steps=((4, 0.8), (16, 0.0))), usual
+    assert chosen._deepest() == deepest
+    chosen.prices = Prices(draft=0.2, token=0.1, steps=((4, 0.0),))
+    assert chosen._deepest() == 8, "there is no step"
+
+
 def test_auto_believes_what_was_accepted_more_than_what_the_draft_thinks(target, draft):
     chosen = auto(target, draft)
     for _ in range(100):

@@ -27,7 +27,7 @@ import numpy as np
 _HALF_LIFE = 128  # measurements (of any shape) after which one counts half; at twice that age a new one replaces it
 _OTHER = 1.4  # times the usual seconds is another machine, if it lasts
 _TRUST = 3  # measurements of one shape that count as much as the fit
-_TOGETHER = 32  # measurements that are heard together; at first an eighth of all
+_TOGETHER = 64  # measurements that are heard together; at first an eighth of all
 _FEW = 4, 16  # tokens up to which runners have kernels of their own
 _CHECK, _LATEST_CHECK = 32, 128  # rounds with proposals until plain ones are measured again, at first and at last
 

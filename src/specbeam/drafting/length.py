@@ -36,7 +36,7 @@ from weakref import WeakKeyDictionary
 from specbeam.drafting import Proposal, Settings
 from specbeam.drafting.costs import Costs, Prices
 from specbeam.errors import InputError
-from specbeam.placement import agreed
+from specbeam.placement import agreed, alone
 
 UNKNOWN = 0.5  # the confidence of drafters that have none: they are judged by what was accepted so far
 _BUCKETS = 10
@@ -47,7 +47,9 @@ _MOST_LOSS = 1.0  # that one round is charged with: it may have been slow for ot
 _TRY = 0.3  # credit of a try
 _SHORTEST_WAIT, _LONGER, _LONGEST_WAIT = 4, 3, 64  # plain rounds; by how much the next pause is longer
 _CAUTIOUS = 2  # tokens that are proposed until it is known what longer forwards cost
-_LASTS = 3  # rounds that share what a change of width costs
+_LASTS = 2  # rounds that share what a change of width costs
+_STEP = 0.1  # plain rounds that a step in the target's costs is worth looking at
+_TOGETHER = 4  # rounds whose proposals are learned from together; at first an eighth of all
 _HEAT = 0.2  # by how many √tokens rows of one text come to differ
 _BY_ITSELF = 16  # and by which part of what is left, as answers end by themselves
 _MEASURED = 3  # plain rounds that are measured one after the other
@@ -65,11 +67,31 @@ class Learned:
     wait: int = _SHORTEST_WAIT  # plain rounds before the next try, of one row
     left: int = 0  # of them
     trying: bool = False  # nothing was proposed since the last pause
+    heard: int = 0  # rounds that were learned from
+    unheard: list[tuple[Proposal, Sequence[Sequence[int]]]] = field(default_factory=list)  # and what was kept of them
 
     def copy(self) -> Learned:
         """A first guess for another size of context."""
         tried, kept = ([count / 4 for count in counts] for counts in (self.tried, self.kept))
-        return replace(self, tried=tried, kept=kept)
+        return replace(self, tried=tried, kept=kept, unheard=[])
+
+    def judged(self, proposal: Proposal, paths: Sequence[Sequence[int]]) -> None:
+        """The target kept these of each row's proposals. Learned from later: between forwards, caches are cold."""
+        self.unheard.append((proposal, paths))
+        if len(self.unheard) >= min(_TOGETHER, 1 + self.heard // 8):
+            self.hear()
+
+    def hear(self) -> None:
+        """Learn from what was judged since the last time."""
+        fades = _MEMORY ** len(self.unheard)
+        self.tried, self.kept = ([fades * n for n in counts] for counts in (self.tried, self.kept))
+        for proposal, paths in self.unheard:
+            for row, (ids, path) in enumerate(zip(proposal.tokens, paths, strict=True)):
+                sure = proposal.confidence[row] if proposal.confidence else [UNKNOWN] * len(ids)
+                for depth, confidence in enumerate(sure[: min(len(ids), len(path) + 1)]):  # not what was cut
+                    self.learn(confidence, depth < len(path))
+        self.heard += len(self.unheard)
+        self.unheard.clear()
 
     def acceptance(self, confidence: float) -> float:
         """P(accepted), from what was seen at this confidence; with nothing seen, the confidence itself."""
@@ -153,7 +175,7 @@ class Length:
         self.auto = settings.draft_length == "auto"
         self.threshold = settings.confidence_threshold
         self.fixed = not self.auto and not self.threshold
-        self.settings, self.looks_up = settings, draft is None
+        self.settings, self.looks_up, self.alone = settings, draft is None, alone()
         self.last = Last.of([1] * rows, 1.0)
         self.reach = [1.0] * rows  # P(all proposed so far accepted), of the running round
         self.why = [""] * rows
@@ -194,8 +216,22 @@ class Length:
                 self.last = Last.of(left or most, self.prices.token if left else 1.0)
                 if self.costs.few:
                     return [min(_CAUTIOUS, n) for n in most]
-            return list(most)
+            deepest = self._deepest()
+            return [min(deepest, n) for n in most]
         return [0] * len(most)
+
+    def _deepest(self) -> int:
+        """How deep proposals go: up to where the target's next tokens cost a step more, unless it pays to go on."""
+        prices, chance, depth = self.prices, min(self.learned.usual, 0.999), self.settings.depth
+        ends = [place - 1 for place, price in prices.steps if 1 < place <= depth and price > _STEP]
+
+        def rate(n: int) -> float:
+            tokens = (1 - chance ** (n + 1)) / (1 - chance)
+            steps = sum(price for place, price in prices.steps if place <= n)
+            steps += 2 * prices.change / _LASTS * (n >= self.wide > 0 and not self.frozen)
+            return tokens / (1 + prices.first + n * (prices.token + prices.draft) + n * n * prices.bend + steps)
+
+        return max([*ends, depth], key=rate) if ends else depth
 
     def rested(self, steps: Sequence[float], seconds: float) -> None:
         """Some of the `rest` were taken, as plain steps: seconds of each one's forward, and of them all."""
@@ -231,7 +267,9 @@ class Length:
     def _price(self, column: int) -> float:
         """Of the target's reading a proposal's token at this place, the first is 1."""
         prices = self.prices
-        grows = column == self.wide and not self.frozen  # the forward reads the last text's token too
+        if column < self.wide and not self.frozen:  # the runner will keep that width (the last token is read, too)
+            return 0.0
+        grows = column == self.wide and not self.frozen
         return (prices.token + prices.bend * (2 * column - 1) + prices.first * (column == 1)
                 + prices.change / _LASTS * grows + sum(price for place, price in prices.steps if place == column))
 
@@ -294,7 +332,7 @@ class Length:
         if not self.auto or self.frozen:
             return
         costs, learned, rows = self.costs, self.learned, len(committed)
-        draft, verify, whole = agreed(seconds, self.target)
+        draft, verify, whole = seconds if self.alone else agreed(seconds, self.target)
         costs.forward(rows, new, changed, verify)
         costs.waited(proposal is not None, whole - draft - verify)
         if proposal is None:
@@ -305,11 +343,7 @@ class Length:
         steps = proposal.forwards or int(self.looks_up)  # looking something up is a step too
         if steps:
             costs.drafted(rows, steps, draft)
-        learned.tried, learned.kept = ([_MEMORY * n for n in counts] for counts in (learned.tried, learned.kept))
-        for row, ids in enumerate(proposal.tokens):
-            sure = proposal.confidence[row] if proposal.confidence else [UNKNOWN] * len(ids)
-            for depth, confidence in enumerate(sure[: min(len(ids), len(paths[row]) + 1)]):  # not what was cut
-                learned.learn(confidence, depth < len(paths[row]))
+        learned.judged(proposal, paths)
         tokens = sum(committed) / rows
         took = costs.usual(rows, steps, new, changed and self.wide > 1)  # a try is not charged for its beginning
         if any(proposal.tokens):
@@ -352,6 +386,7 @@ def write_costs(path: str, target: Any, draft: Any = None, rows: int = 1, **opti
         raise InputError(f"nothing was learned yet for drafter={settings.drafter} with {rows} rows and these options: "
                          "generate with draft_length=\"auto\" first.")
     its = learned[size]
+    its.hear()
     known[size].hear()
     Path(path).write_text(json.dumps({"prices": asdict(known[size].prices(rows)), "tried": its.tried,
                                       "kept": its.kept, "usual": its.usual}, indent=1), encoding="utf-8")
