@@ -7,7 +7,6 @@ Nothing heavy is imported until a command needs it, so that help is instant. Exi
 from __future__ import annotations
 
 import logging
-import os
 import re
 import sys
 import warnings
@@ -16,6 +15,7 @@ from typing import Any
 
 from specbeam import __version__
 from specbeam.errors import InputError
+from specbeam.paths import from_user
 
 OUTCOMES = {0: "done", 2: "refused"}
 CONF = Path(__file__).resolve().parent / "conf"
@@ -206,7 +206,7 @@ def _report(arguments: list[str]) -> int:
 
     output = values.get("--output")
     return report([Path(folder) for folder in folders], console_to(), values.get("--figures"),
-                  Path(os.path.expanduser(output)) if output else None)
+                  from_user(output) if output else None)
 
 
 def _models(arguments: list[str]) -> int:

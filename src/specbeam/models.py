@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from specbeam.errors import InputError, out_of_memory
+from specbeam.paths import from_user
 from specbeam.placement import check_placed, check_placement, placing
 from specbeam.runners import check_runner
 from specbeam.weights import free_memory, weight_bytes, weight_files
@@ -178,7 +179,7 @@ def check_path(path: object) -> None:
         raise InputError(f"A model's path is {path!r}: give 'bundled', a folder or a hub id such as 'Qwen/Qwen3-0.6B'.")
     if path in _BUNDLED:
         return
-    folder = Path(os.path.expanduser(path))
+    folder = from_user(path)
     if folder.is_file():
         raise InputError(f"'{path}' is a file: give the folder it lies in, with config.json and *.safetensors.")
     if folder.is_dir():
@@ -294,7 +295,7 @@ def _locate(path: str | os.PathLike[str], trust_remote_code: bool) -> tuple[str,
         folder = Path(str(resources.files("specbeam"))) / "bundled" / _BUNDLED[name]
         if not (folder / "config.json").is_file():
             raise InputError(f"The {name} model is missing from this installation ({folder}): reinstall specbeam.")
-    elif (folder := Path(os.path.expanduser(path))).is_dir():
+    elif (folder := from_user(path)).is_dir():
         pass
     else:
         from specbeam.hub import fetch

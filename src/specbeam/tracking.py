@@ -16,6 +16,7 @@ from typing import Any, Literal
 from urllib.parse import urlparse
 
 from specbeam.experiment.records import read_traces, trace_key
+from specbeam.paths import from_user
 from specbeam.report.coloured import coloured_answer
 
 REACH_SECONDS = 3.0  # to answer at all
@@ -81,7 +82,7 @@ def _has_key(server: str) -> bool:
     """Whether there is a key, so that the client need not ask for one: in the environment or left by `wandb login`."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
+    path = from_user(os.environ.get("NETRC") or "~/.netrc")
     try:
         saved = netrc.netrc(str(path))
     except (OSError, netrc.NetrcParseError):

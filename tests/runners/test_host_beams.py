@@ -65,6 +65,17 @@ def test_hypotheses_and_scores_are_the_trees(name, search, rows, on_host, monkey
     assert len(fronts) == max(len(row.rounds) for row in found.trace)
 
 
+@pytest.mark.parametrize("slack", [0, 3, 20, 64])
+def test_the_state_may_grow_beyond_what_an_answer_needs(slack, on_host, monkeypatch):
+    """A search of 60 steps writes 240 tokens, of which 60 and the prompt live at most."""
+    monkeypatch.setattr(backend, "_SLACK", slack)
+    target = model("llama")
+    call = partial(specbeam.beam_generate, target, prompts((9, 17)), num_beams=4, max_new_tokens=60)
+    wanted = answers(call())
+    on_host(target)
+    assert answers(call()) == wanted
+
+
 def test_rows_leave_at_different_times(on_host):
     target, given = model("llama"), prompts((5, 19, 12))
     call = partial(specbeam.beam_generate, target, given, num_beams=3, max_new_tokens=40, early_stopping=True,

@@ -210,24 +210,28 @@ def _recorded(batch: Batch, chains: Any, drafter: Any, limits: list[int], length
         if begun is None:
             proposal = length.trim(drafter.propose(texts, limits, length))
             counts, q = [len(ids) for ids in proposal.tokens], proposal.q
+    ids: Any
     if begun is None:
         given = [[]] * len(texts) if proposal is None else proposal.tokens
-        ids = torch.tensor([[*row, *[0] * (max(counts) - len(row))] for row in given], dtype=torch.long)
+        longest = max(map(len, given))
+        ids = [[*row, *[0] * (longest - len(row))] for row in given]
     else:
         ids, q = begun[0].to(device), begun[1] if len(begun) > 1 else None
+        longest = ids.shape[1]
     drafted, uniform, rule = batch.clock.mark(), None, None
     if chains.shape.samples:
         rule = rules.block_verification if acceptance == "block" else rules.rejection_sample
         uniform = uniforms([row.generator for row in rows], [n + 1 for n in counts], torch.device("cpu"))
-        uniform = torch.nn.functional.pad(uniform, (0, ids.shape[1] + 1 - uniform.shape[1]))
+        uniform = torch.nn.functional.pad(uniform, (0, longest + 1 - uniform.shape[1]))
     read = chains.verify(ids, counts, texts, rule, uniform, None if q is None else q.to(device))
     verified, answers = batch.clock.mark(), read()
-    refuse_nothing(any(token < 0 for row, n in zip(answers, counts, strict=True) for token in row[1 : 2 + n]))
+    if chains.shape.samples:
+        refuse_nothing(any(token < 0 for row, n in zip(answers, counts, strict=True) for token in row[1 : 2 + n]))
     if begun is not None:
         proposal = Proposal([row[2 : 2 + n] for row, n in zip(answers, counts, strict=True)],
                             [list(range(-1, n - 1)) for n in counts], None, [drafter.name] * len(texts),
-                            list(length.why), forwards=ids.shape[1])
-    return (drafted, verified, chains.wide or ids.shape[1] + 1, proposal, [list(range(row[0])) for row in answers],
+                            list(length.why), forwards=longest)
+    return (drafted, verified, chains.wide or longest + 1, proposal, [list(range(row[0])) for row in answers],
             [row[1] for row in answers])
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,6 +30,7 @@ from specbeam.forecast import (
     speculative_seconds,
 )
 from specbeam.models import check_path
+from specbeam.paths import from_user
 from specbeam.runners import check_runner
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def run_forecast(config: dict[str, Any], command: list[str], console: Console) -
 
     hardware = None if config["hardware"] is None else read_hardware(config["hardware"])
     sizes = {role: size for role in ROLES if (size := _size(role, config["sizes"].get(role))) is not None}
-    folder = Path(os.path.expanduser(config["output_dir"])) if config["output_dir"] else None
+    folder = from_user(config["output_dir"]) if config["output_dir"] else None
     if folder is not None:
         records.check_writable(folder)
         if any((folder / name).exists() for name in ("rows.jsonl", "prompts.jsonl")):
@@ -100,7 +100,7 @@ def run_forecast(config: dict[str, Any], command: list[str], console: Console) -
     if config["traces"] is None:
         traces, costs, facts = _from_models(config, lengths, batch_sizes, hardware, console)
     else:
-        traces = read_traces(Path(os.path.expanduser(config["traces"])), max(lengths))
+        traces = read_traces(from_user(config["traces"]), max(lengths))
         config = replayed(config, traces, command)
     if hardware is not None:
         weight_bytes = config["sizes"]["bytes_per_weight"]

@@ -9,7 +9,6 @@ writes a run folder of its own, and what it would print, a traceback too, to <nu
 from __future__ import annotations
 
 import logging
-import os
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from typing import Any
 
 from specbeam.errors import InputError
 from specbeam.experiment.compose import CONF
+from specbeam.paths import from_user
 
 PACKAGES = {"joblib": "hydra-joblib-launcher", "submitit_local": "hydra-submitit-launcher",
             "submitit_slurm": "hydra-submitit-launcher", "ray": "hydra-ray-launcher", "ray_aws": "hydra-ray-launcher"}
@@ -51,7 +51,7 @@ def launch(configs: list[dict[str, Any]], own: Sequence[str], command: list[str]
     from omegaconf.errors import OmegaConfBaseException
 
     for config in configs:  # a job may start elsewhere
-        config["output_dir"] = str(Path(os.path.expanduser(config["output_dir"])).resolve())
+        config["output_dir"] = str(from_user(config["output_dir"]).resolve())
     base = Path(configs[0]["output_dir"]).parent
     base.mkdir(parents=True, exist_ok=True)
     name = next(text for text in own if text.startswith("hydra/launcher=")).partition("=")[2]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 
 from specbeam.errors import InputError
 from specbeam.experiment.prompt_files import check_template, csv_records, our_fields
+from specbeam.paths import from_user
 
 BUNDLED = Path(__file__).resolve().parent.parent / "bundled" / "prompts.jsonl"
 ROLES = ("system", "user", "assistant", "tool", "developer")
@@ -83,7 +83,7 @@ def prompts_from_config(config: dict[str, Any]) -> list[Prompt]:
     if not isinstance(path, str) or not path:
         raise InputError("There are no prompts: give prompts=[…] or prompt_set.path=<file.jsonl>.")
     check_template(prompt_set.get("template"))
-    file = BUNDLED if path == "bundled" else Path(os.path.expanduser(path))
+    file = BUNDLED if path == "bundled" else from_user(path)
     if prompt_set.get("where") and not file.exists():
         raise InputError(f"There is no prompt file {str(file)!r} in {str(Path.cwd())!r}: get it from "
                          f"{prompt_set['where']} and give its place with prompt_set.path=….")

@@ -27,6 +27,7 @@ from specbeam.experiment.compose import nearest
 from specbeam.experiment.plan import Cell, Plan, check_text, check_whole
 from specbeam.experiment.progress import Progress
 from specbeam.experiment.rows import Answers, failed_row, one_line, remember
+from specbeam.paths import from_user
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -267,7 +268,7 @@ def devices(resources: dict[str, float], config: dict[str, Any]) -> tuple[int, d
 
 
 def absolute(path: str) -> str:
-    folder = Path(os.path.expanduser(path))
+    folder = from_user(path)
     return str(folder.resolve()) if folder.is_dir() else path
 
 

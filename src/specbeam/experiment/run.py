@@ -7,7 +7,6 @@ tracking come before or after.
 from __future__ import annotations
 
 import gc
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -34,6 +33,7 @@ from specbeam.experiment.rows import (
     trace_of,
 )
 from specbeam.models import check_model
+from specbeam.paths import from_user
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,7 +50,7 @@ def compare(config: dict[str, Any], command: list[str], console: Console) -> int
     """
     plan = make_plan(config)
     prompts = [prompt.as_record() for prompt in plan.prompts]
-    folder = Path(os.path.expanduser(config["output_dir"])) if config["output_dir"] else None
+    folder = from_user(config["output_dir"]) if config["output_dir"] else None
     resumed = folder is not None and records.holds_run(folder, config, prompts)
     cells = left = list(plan.cells())
     rows: list[dict[str, Any]] = []

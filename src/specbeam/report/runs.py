@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import yaml
 
 from specbeam.errors import InputError
 from specbeam.experiment.records import BUSY_CORES, busiest_start
+from specbeam.paths import from_user
 
 LINES = ("rows.jsonl", "trace.jsonl", "beams.jsonl", "prompts.jsonl")
 
@@ -53,7 +53,7 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     """Raises InputError for what is no run folder, or one without a single row."""
-    folder = Path(os.path.expanduser(folder))
+    folder = from_user(folder)
     what = str(folder)
     if not folder.exists():
         raise InputError(f"There is no folder {what!r}: give one that `specbeam compare` wrote.")

@@ -161,11 +161,13 @@ class Chains:
             ask(2)
         return ask(wide)
 
-    def verify(self, proposed: Tensor, lengths: Sequence[int], texts: Sequence[list[int]], rule: Callable | None,
-               uniform: Tensor | None, q: Tensor | None) -> Callable[[], list[list[int]]]:
+    def verify(self, proposed: Tensor | Sequence[Sequence[int]], lengths: Sequence[int], texts: Sequence[list[int]],
+               rule: Callable | None, uniform: Tensor | None, q: Tensor | None) -> Callable[[], list[list[int]]]:
         """Begin to check proposals [rows, count] (still on the host, or not), of which lengths[b] are meant; what it
         gives waits for, per row: how many are accepted, the token that follows them, and the proposed ones. rule: of
         acceptance.py, when sampling; uniform: [rows, count + 1], q: [rows, ≥ count, vocabulary], as it wants them."""
+        if not isinstance(proposed, Tensor):
+            proposed = torch.tensor(proposed, dtype=torch.long)
         device, count = self.tree.device, proposed.shape[1]
         q = q[:, :count] if q is not None and count else None
         meant = torch.tensor(lengths)[:, None]

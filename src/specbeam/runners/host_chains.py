@@ -66,11 +66,11 @@ class HostChains:
             text.append(token)
         return lambda: tokens
 
-    def verify(self, proposed: Tensor, lengths: Sequence[int], texts: Sequence[list[int]], rule: Callable | None,
-               uniform: Tensor | None, q: Tensor | None) -> Callable[[], list[list[int]]]:
+    def verify(self, proposed: Sequence[Sequence[int]], lengths: Sequence[int], texts: Sequence[list[int]],
+               rule: Callable | None, uniform: Tensor | None, q: Tensor | None) -> Callable[[], list[list[int]]]:
         self.forget()
-        count, ids = proposed.shape[1], proposed.numpy()
-        logits = self.read([[text[-1], *row] for text, row in zip(texts, proposed.tolist(), strict=True)],
+        count, ids = len(proposed[0]), np.array(proposed, dtype=np.int64)
+        logits = self.read([[text[-1], *row] for text, row in zip(texts, proposed, strict=True)],
                            [len(text) - 1 for text in texts])
         if self.numbers:
             best = logits.argmax(-1)
@@ -80,8 +80,9 @@ class HostChains:
                 *texts[row], *(ids[row, :node].tolist() if node <= lengths[row] else ())])
             if rule is not None:
                 q = q[:, :count] if q is not None and count else None
-                found = rule(proposed, scores.softmax(-1), q, torch.tensor(lengths), uniform, invert)
-                return torch.cat([torch.stack(found, 1), proposed], 1).tolist
+                drawn = torch.from_numpy(ids)
+                found = rule(drawn, scores.softmax(-1), q, torch.tensor(lengths), uniform, invert)
+                return torch.cat([torch.stack(found, 1), drawn], 1).tolist
             best = scores.argmax(-1).numpy()
         right = (best[:, :count] == ids) & (np.arange(count) < np.array(lengths)[:, None])
         accepted = right.cumprod(1).sum(1)

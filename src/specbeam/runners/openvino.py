@@ -291,7 +291,8 @@ class StateSlots:
         if self.plain:
             return np.broadcast_to(_count(self.length), (len(self.owner), self.length))
         owner, hidden = self.owner[:, : self.length], ~self.alive[:, : self.length]
-        order = np.where(hidden, self.capacity + owner, owner).argsort(1)[:, : int((~hidden).sum(1).max())]
+        last = max(self.capacity, self.length)  # beams have positions in place of slots
+        order = np.where(hidden, last + owner, owner).argsort(1)[:, : int((~hidden).sum(1).max())]
         places = torch.from_numpy(order)[:, None, :, None]
         for state in self.request.query_state():
             kept = torch.from_numpy(state.state.data)[torch.from_numpy(self.order).long()]

@@ -20,6 +20,7 @@ import torch
 import transformers
 
 from specbeam.engine.runner import Adapter
+from specbeam.paths import from_user
 from specbeam.runners.openvino_export import compress, export, keep_narrow, narrow
 
 _FORMAT = 3  # of what export makes: raise it when that changes
@@ -61,8 +62,8 @@ def _read(folder: Path) -> ov.Model:
 
 def cache_folder() -> Path:
     if own := os.environ.get("SPECBEAM_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "specbeam"
+        return from_user(own)
+    return from_user(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "specbeam"
 
 
 def fingerprint(adapter: Adapter, weights: str = "") -> str:
