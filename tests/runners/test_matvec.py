@@ -166,11 +166,3 @@ def test_attention_where_a_program_has_more_slots_than_one_tile(new_slots, progr
 def test_what_lies_otherwise_in_memory_is_read_right():
     x, added = halves(1, 520, 5).transpose(1, 2), halves(1, 56, 5, seed=1).transpose(1, 2)
     of_few((x, None, None, None, 0.0, False, [halves(56, 520) * 520**-0.5], [None], "", added, False))
-
-
-@pytest.mark.parametrize("size", [50, 4096, 9000])
-def test_the_first_of_the_largest(size):
-    scores = some(2, 3, size)
-    assert torch.equal(matvec.argmax(scores), scores.argmax(-1))
-    scores[..., size // 2 :] = 9.0
-    assert (matvec.argmax(scores) == size // 2).all()
