@@ -110,6 +110,7 @@ class Chains:
         and the depth."""
         self.tree, self.shape, self.reads = tree, shape, reads
         self.state: list[Tensor] | None = None  # None: made anew from the texts
+        self.asked: list[Tensor] = []  # two pinned places of what the host proposed, in turn
 
     def forget(self) -> None:
         """Rows left or joined, or something else read into the tree."""
@@ -168,13 +169,25 @@ class Chains:
         acceptance.py, when sampling; uniform: [rows, count + 1], q: [rows, ≥ count, vocabulary], as it wants them."""
         device, count = self.tree.device, proposed.shape[1]
         q = q[:, :count] if q is not None and count else None
-        meant = torch.tensor(lengths)[:, None]
-        if proposed.device != meant.device:
-            meant = pinned(meant, device).to(device, non_blocking=True)
-        asked = pinned(torch.cat([proposed, meant], 1), device)
+        if proposed.is_cuda:
+            meant = pinned(torch.tensor(lengths)[:, None], device).to(device, non_blocking=True)
+            asked = torch.cat([proposed, meant], 1)
+        else:
+            asked = self._asked(proposed, lengths)
         [answer] = self.run(_verify, (rule,), texts, max(map(len, texts)) + count, asked,
                             None if uniform is None else pinned(uniform, device), q)
         return seen(answer)
+
+    def _asked(self, proposed: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Proposals and their lengths behind them, where a copy to the device begins at once: no verification begins
+        before the last but one was waited for."""
+        rows, count = proposed.shape
+        if not self.asked or self.asked[0].shape != (rows, count + 1):
+            self.asked = [pinned(proposed.new_empty(rows, count + 1), self.tree.device) for _ in range(2)]
+        self.asked.reverse()
+        place = self.asked[0].numpy()
+        place[:, :count], place[:, count] = proposed.numpy(), lengths
+        return self.asked[0]
 
 
 def pinned(values: Tensor, device: torch.device) -> Tensor:

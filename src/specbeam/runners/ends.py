@@ -21,9 +21,9 @@ def frame(depth: Tensor, plus: int, new: int, view: int, window: int | None) -> 
     positions = depth.new_empty(rows, new)
     visible = torch.empty(rows, new, view, dtype=torch.bool, device=depth.device)
     near = None if window is None else torch.empty_like(visible)
-    _frame[(rows * new, triton.cdiv(view, block))](
-        depth, positions, visible.view(torch.uint8), visible.view(torch.uint8) if near is None else
-        near.view(torch.uint8), plus, window or 0, view, depth.stride(0), NEW=new, BLOCK=block, NEAR=near is not None, num_warps=4)
+    seen = [(visible if one is None else one).view(torch.uint8) for one in (visible, near)]
+    _frame[(rows * new, triton.cdiv(view, block))](depth, positions, *seen, plus, window or 0, view, depth.stride(0),
+                                                   NEW=new, BLOCK=block, NEAR=near is not None, num_warps=4)
     return positions, visible, near
 
 

@@ -242,13 +242,15 @@ class Graphs:
         return self.fuse(adapter, lease, _forward, (lease.view, near is not None, keep is not None), 0, *given,
                          prompt=prompt)[0]
 
-    @torch.inference_mode()
     def fuse(self, adapter: Adapter, lease: Lease, function: Callable[..., Outputs], static: tuple, carried: int,
              *given: Tensor, prompt: bool = False) -> list[Tensor]:
         """function(adapter, slots, *static, *given), recorded. given: [rows, …] each, on the device or pinned.
 
         The first `carried` outputs become the first inputs of the next time (or are these, changed in place): they come
         back as they lie there, and given again they need no copy. The others are copies of one's own."""
+        if not torch.is_inference_mode_enabled():  # to enter it takes its time
+            with torch.inference_mode():
+                return self.fuse(adapter, lease, function, static, carried, *given, prompt=prompt)
         slots, rows = lease.of, len(given[0])
         key = (function, static, carried, *(tuple(one.shape[1:]) for one in given))
         # Ones: a row that is never filled then attends to something, and what it writes is finite.

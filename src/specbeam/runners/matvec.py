@@ -36,13 +36,17 @@ class Tiling:
 
 
 def tiling(rows: int, columns: int, gated: bool) -> Tiling:
-    """As measured on an H200 in layers of three models, for products of 1 to 100 MB. What the next kernel has in
+    """As measured on an H200 within layers of five models, for products of 1 to 240 MB. What the next kernel has in
     flight must fit beside this one's: programs are small, and of small weights all is in flight at once."""
     block = min(1024, triton.next_power_of_2(columns))
+    if gated and columns <= 1024:
+        return Tiling(8, 128, 7, 2)
     if gated:
-        return Tiling(8, 128, 7, 2) if columns <= 1024 else Tiling(8, 512, 2, 4)
+        return Tiling(8, 512, 2) if columns <= 2048 else Tiling(2, 512, 4, 2)
     if columns > 4 * block:
-        return Tiling(4, 1024, 3) if columns > 8192 else Tiling(2, 512, 10 if rows <= 1024 else 5, 2)
+        return Tiling(4, 1024, 3) if columns > 10240 else Tiling(2, 512, 10 if rows <= 1024 else 5, 2)
+    if columns > 1024 and columns % 1024 == 512:
+        return Tiling(8, 512, 2, 2)
     return Tiling(8 if rows >= 1024 else 4, block, 2)
 
 
@@ -130,10 +134,7 @@ def _tile(w, block, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, LINES: tl.const
 def _part(x, block, COLUMNS: tl.constexpr, LINES: tl.constexpr, BLOCK: tl.constexpr):
     """[1, LINES, BLOCK], each line the same: as the weights lie among the threads, so that nothing moves."""
     column = block * BLOCK + tl.arange(0, BLOCK)[None] + tl.arange(0, LINES)[:, None] * 0
-    if COLUMNS % BLOCK == 0:
-        part = tl.load(x + column)
-    else:
-        part = tl.load(x + column, mask=column < COLUMNS, other=0.0)
+    part = tl.load(x + column) if COLUMNS % BLOCK == 0 else tl.load(x + column, mask=column < COLUMNS, other=0.0)
     return tl.reshape(part, [1, LINES, BLOCK])
 
 
