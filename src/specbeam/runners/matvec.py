@@ -65,6 +65,8 @@ def product(x: Tensor, post: Tensor | None, residual: Tensor | None, norm: Tenso
     total = sizes[0] if gated else sum(sizes)
     first = weights[0]
     out = first.new_empty(1, 1, total + (columns if post is not None else 0))
+    if post is not None and residual is not None:  # a kernel of its own: in each of many programs it takes longer
+        x = join(x, post, residual, eps, plus, ahead, out[..., total:])
     tile = tile or tiling(total, columns, gated)
     programs = [triton.cdiv(size, tile.rows) for size in (sizes[:1] if gated else sizes)]
     w = [*weights, *[first] * (MOST_WEIGHTS - len(weights))]
@@ -72,19 +74,19 @@ def product(x: Tensor, post: Tensor | None, residual: Tensor | None, norm: Tenso
     starts = [sum(programs[:n]) for n in range(1, MOST_WEIGHTS)]
     options = {"launch_pdl": True} if early(x.device) else {}
     _product[(sum(programs),)](
-        x, first if post is None else post, first if residual is None else residual, first if norm is None else norm,
-        first if added is None else added, out, *w, *b, *starts, *(sizes + [0] * MOST_WEIGHTS)[:MOST_WEIGHTS], eps,
+        x, first if norm is None else norm, first if added is None else added, out, *w, *b, *starts,
+        *(sizes + [0] * MOST_WEIGHTS)[:MOST_WEIGHTS], eps,
         COLUMNS=columns, ROWS=tile.rows, LINES=min(tile.rows, max(1, 256 * tile.warps // tile.block)),
-        BLOCK=tile.block, AHEAD=tile.ahead, WEIGHTS=len(weights),
-        POST=post is not None, NORM=norm is not None, PLUS=plus,
+        BLOCK=tile.block, AHEAD=tile.ahead, WEIGHTS=len(weights), NORM=norm is not None, PLUS=plus,
         BIASES=sum(2**n for n, one in enumerate(biases) if one is not None), ACT=ACTIVATIONS.index(act),
         ADDED=added is not None, EARLY=ahead, PDL=bool(options), num_warps=tile.warps, **options)
     return out
 
 
-def join(x: Tensor, weight: Tensor, residual: Tensor, eps: float, plus: bool, ahead: bool) -> Tensor:
+def join(x: Tensor, weight: Tensor, residual: Tensor, eps: float, plus: bool, ahead: bool, out: Tensor | None = None
+         ) -> Tensor:
     """What fuse.py's `join` says, on a GPU."""
-    out, columns, pdl = torch.empty_like(x), len(weight), early(x.device)
+    out, columns, pdl = torch.empty_like(x) if out is None else out, len(weight), early(x.device)
     _join[(1,)](x, weight, residual, out, eps, COLUMNS=columns, BLOCK=triton.next_power_of_2(columns), PLUS=plus,
                 EARLY=ahead, PDL=pdl, num_warps=8, **({"launch_pdl": True} if pdl else {}))
     return out
@@ -107,14 +109,6 @@ def _normed(x, scale, weight, PLUS: tl.constexpr):
     if PLUS:
         return (x.to(tl.float32) * scale * (1.0 + weight.to(tl.float32))).to(x.dtype).to(tl.float32)
     return ((x.to(tl.float32) * scale).to(x.dtype).to(tl.float32) * weight.to(tl.float32)).to(x.dtype).to(tl.float32)
-
-
-@triton.jit
-def _scale(parts, eps, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr):
-    squares = parts[0].to(tl.float32) * parts[0].to(tl.float32)
-    for block in tl.static_range(1, BLOCKS):
-        squares += parts[block].to(tl.float32) * parts[block].to(tl.float32)
-    return tl.rsqrt(tl.sum(squares, 2, keep_dims=True) / COLUMNS + eps)
 
 
 @triton.jit
@@ -188,12 +182,12 @@ def _chosen(w0, w1, w2, b0, b1, b2, start1, start2, size0, size1, size2, WEIGHTS
 
 
 @triton.jit
-def _product(x, post, residual, norm, added, out, w0, w1, w2, b0, b1, b2, start1, start2, size0, size1, size2, eps,
+def _product(x, norm, added, out, w0, w1, w2, b0, b1, b2, start1, start2, size0, size1, size2, eps,
              COLUMNS: tl.constexpr, ROWS: tl.constexpr, LINES: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr,
-             WEIGHTS: tl.constexpr, POST: tl.constexpr, NORM: tl.constexpr, PLUS: tl.constexpr, BIASES: tl.constexpr,
+             WEIGHTS: tl.constexpr, NORM: tl.constexpr, PLUS: tl.constexpr, BIASES: tl.constexpr,
              ACT: tl.constexpr, ADDED: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr):
     BLOCKS: tl.constexpr = (COLUMNS + BLOCK - 1) // BLOCK
-    NEAR: tl.constexpr = BLOCKS if POST or BLOCKS < 8 else 8  # blocks of the row that are fetched at once
+    NEAR: tl.constexpr = min(BLOCKS, 8)  # blocks of the row that are fetched at once
     GROUPS: tl.constexpr = ROWS // LINES
     GATE: tl.constexpr = ACT > 0
     w, b, size, base, has, number = _chosen(w0, w1, w2, b0, b1, b2, start1, start2, size0, size1, size2, WEIGHTS,
@@ -217,27 +211,14 @@ def _product(x, post, residual, norm, added, out, w0, w1, w2, b0, b1, b2, start1
         bias = tl.load(b + where, mask=where < size * has, other=0.0).to(tl.float32)
     if GATE and BIASES > 1:
         bias2 = tl.load(b1 + where).to(tl.float32)
-    gains, posts = (0,), (0,)
+    gains = (0,)
     if NORM:
         gains = _parts(norm, BLOCKS, COLUMNS, LINES, BLOCK)
-    if POST:
-        posts = _parts(post, BLOCKS, COLUMNS, LINES, BLOCK)
     _begin(EARLY, PDL)
     plus = 0.0
     parts = _parts(x, NEAR, COLUMNS, LINES, BLOCK)
     if ADDED:
         plus = tl.load(added + where).to(tl.float32)
-    if POST:
-        residuals = _parts(residual, BLOCKS, COLUMNS, LINES, BLOCK)
-        before, joined = _scale(parts, eps, COLUMNS, BLOCKS), ()
-        for block in tl.static_range(0, BLOCKS):
-            sum = _normed(parts[block], before, posts[block], PLUS) + residuals[block].to(tl.float32)
-            joined = joined + (sum.to(x.dtype.element_ty),)  # noqa: RUF005
-            if tl.program_id(0) == 0:
-                column = block * BLOCK + tl.arange(0, BLOCK)[None, None] + tl.arange(0, LINES)[None, :, None] * 0
-                start = size0 if GATE else size0 + size1 + size2
-                tl.store(out + start + column, joined[block], mask=column < COLUMNS)
-        parts = joined
     total = tl.zeros([GROUPS, LINES, BLOCK // 8], tl.float32)
     total2 = tl.zeros([GROUPS, LINES, BLOCK // 8], tl.float32)
     squares = tl.zeros([1, LINES, BLOCK // 8], tl.float32)
@@ -275,6 +256,7 @@ def _join(x, weight, residual, out, eps, COLUMNS: tl.constexpr, BLOCK: tl.conste
     its = _part(weight, 0, COLUMNS, 1, BLOCK)
     _begin(EARLY, PDL)
     before, part = _part(residual, 0, COLUMNS, 1, BLOCK), _part(x, 0, COLUMNS, 1, BLOCK)
-    sum = before.to(tl.float32) + _normed(part, _scale((part,), eps, COLUMNS, 1), its, PLUS)
+    scale = tl.rsqrt(tl.sum(part.to(tl.float32) * part.to(tl.float32), 2, keep_dims=True) / COLUMNS + eps)
+    sum = before.to(tl.float32) + _normed(part, scale, its, PLUS)
     column = tl.arange(0, BLOCK)[None, None]
     tl.store(out + column, sum.to(part.dtype), mask=column < COLUMNS)
