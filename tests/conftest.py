@@ -9,7 +9,7 @@ import pytest
 import torch
 
 if find_spec("triton") is not None and not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports it: runners' kernels are tested without a GPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports it: for the GPU's kernels
 
 
 @pytest.fixture(scope="session", autouse=True)
