@@ -1,8 +1,8 @@
 # mypy: disable-error-code="assignment,attr-defined"
 """What stands before and behind a recorded forward, in one kernel each.
 
-A recording pays about 1.3 µs for every small kernel: where tokens stand and what they see, the choice of a token, and
-what was accepted of a proposal were a dozen in a step, two dozen in a verification. The plain twins are in chains.py.
+A recording pays about 1.3 µs for every small kernel, and torch makes many of where tokens stand and what they see, of
+the choice of a token, and of what was accepted of a proposal. The plain twins are in chains.py.
 """
 
 from __future__ import annotations
