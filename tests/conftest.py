@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from importlib.util import find_spec
+
 import pytest
+import torch
+
+if find_spec("triton") is not None and not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports it: for the GPU's kernels
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
 
 import pytest
@@ -11,13 +10,11 @@ import torch
 if find_spec("triton") is None:
     pytest.skip("no triton", allow_module_level=True)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from specbeam.runners import attend_few, few_rows, fuse, matvec  # noqa: E402
 
 if DEVICE == "cpu" and not matvec._product.__class__.__name__.startswith("Interpreted"):
-    pytest.skip("triton was imported before, for a GPU", allow_module_level=True)
+    pytest.skip("triton is not interpreted", allow_module_level=True)
 
 
 def some(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -166,11 +163,3 @@ def test_attention_where_a_program_has_more_slots_than_one_tile(new_slots, progr
 def test_what_lies_otherwise_in_memory_is_read_right():
     x, added = halves(1, 520, 5).transpose(1, 2), halves(1, 56, 5, seed=1).transpose(1, 2)
     of_few((x, None, None, None, 0.0, False, [halves(56, 520) * 520**-0.5], [None], "", added, False))
-
-
-@pytest.mark.parametrize("size", [50, 4096, 9000])
-def test_the_first_of_the_largest(size):
-    scores = some(2, 3, size)
-    assert torch.equal(matvec.argmax(scores), scores.argmax(-1))
-    scores[..., size // 2 :] = 9.0
-    assert (matvec.argmax(scores) == size // 2).all()

@@ -110,6 +110,7 @@ class Chains:
         and the depth."""
         self.tree, self.shape, self.reads = tree, shape, reads
         self.state: list[Tensor] | None = None  # None: made anew from the texts
+        self.asked: list[Tensor] = []  # two pinned places of what the host proposed, in turn
 
     def forget(self) -> None:
         """Rows left or joined, or something else read into the tree."""
@@ -122,11 +123,11 @@ class Chains:
         tree, view = self.tree, self.tree.reach(high)
         if self.state is None:
             self.state = [] if self.reads else [
-                sent(torch.tensor([text[-1:] for text in texts]), tree.device),
-                sent(torch.tensor([len(text) - 1 for text in texts]), tree.device)]
+                pinned(torch.tensor([text[-1:] for text in texts]), tree.device),
+                pinned(torch.tensor([len(text) - 1 for text in texts]), tree.device)]
             if self.shape.history:
-                self.state.append(sent(torch.tensor([[*text, *[0] * (view - len(text))] for text in texts]),
-                                       tree.device))
+                self.state.append(pinned(torch.tensor([[*text, *[0] * (view - len(text))] for text in texts]),
+                                         tree.device))
         if self.shape.history and self.state[-1].shape[1] < view:
             self.state[-1] = pad(self.state[-1], (0, view - self.state[-1].shape[1]))
         assert tree.adapter.runner.fuse is not None
@@ -138,7 +139,7 @@ class Chains:
 
     def step(self, high: int, texts: Sequence[list[int]], uniform: Tensor | None) -> Callable[[], list[int]]:
         """Begin a plain step; what it gives waits for its tokens. uniform: [rows] fp64, when it draws."""
-        self.run(_step, (), texts, high, None if uniform is None else sent(uniform, self.tree.device))
+        self.run(_step, (), texts, high, None if uniform is None else pinned(uniform, self.tree.device))
         assert self.state is not None
         read = seen(self.state[0])
         return lambda: [token for [token] in read()]
@@ -149,13 +150,13 @@ class Chains:
         it draws, what they were drawn from [rows, count, vocabulary]."""
         wide = max(map(len, new))
         wide = max(wide, 2) if len(new) > 1 else wide
-        uniform = None if uniform is None else sent(uniform, self.tree.device)
+        uniform = None if uniform is None else pinned(uniform, self.tree.device)
 
         def ask(wide: int) -> list[Tensor]:
             unread = torch.tensor([[*ids, *[0] * (wide - len(ids)), len(ids), before]
                                    for ids, before in zip(new, read, strict=True)])
             return self.run(_propose, (count, vocabulary, known), texts, max(read) + wide + count,
-                            sent(unread, self.tree.device), uniform)
+                            pinned(unread, self.tree.device), uniform)
 
         if is_warming() and wide == 1:  # as after a proposal that was accepted whole
             ask(2)
@@ -170,30 +171,30 @@ class Chains:
             proposed = torch.tensor(proposed, dtype=torch.long)
         device, count = self.tree.device, proposed.shape[1]
         q = q[:, :count] if q is not None and count else None
-        meant = torch.tensor(lengths)[:, None]
-        asked = torch.cat([proposed, meant if proposed.device == meant.device else sent(meant, device)], 1)
-        [answer] = self.run(_verify, (rule,), texts, max(map(len, texts)) + count,
-                            asked if asked.device == device else sent(asked, device),
-                            None if uniform is None else sent(uniform, device), q)
+        if proposed.is_cuda:
+            meant = pinned(torch.tensor(lengths)[:, None], device).to(device, non_blocking=True)
+            asked = torch.cat([proposed, meant], 1)
+        else:
+            asked = self._asked(proposed, lengths)
+        [answer] = self.run(_verify, (rule,), texts, max(map(len, texts)) + count, asked,
+                            None if uniform is None else pinned(uniform, device), q)
         return seen(answer)
 
-
-def largest(scores: Tensor) -> Tensor:
-    """The first of the largest, along the last dimension."""
-    global _own
-    if _own and scores.is_cuda and scores.dtype != torch.float64 and find_spec("triton") is not None:
-        try:
-            from specbeam.runners.matvec import argmax
-
-            return argmax(scores)
-        except Exception:  # no C compiler, a card that Triton does not know: seen before anything is recorded
-            _own = False
-    return scores.argmax(-1)
+    def _asked(self, proposed: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Proposals and their lengths behind them, where a copy to the device begins at once: no verification begins
+        before the last but one was waited for."""
+        rows, count = proposed.shape
+        if not self.asked or self.asked[0].shape != (rows, count + 1):
+            self.asked = [pinned(proposed.new_empty(rows, count + 1), self.tree.device) for _ in range(2)]
+        self.asked.reverse()
+        place = self.asked[0].numpy()
+        place[:, :count], place[:, count] = proposed.numpy(), lengths
+        return self.asked[0]
 
 
-def sent(values: Tensor, device: torch.device) -> Tensor:
-    """On the device, without waiting for it."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+def pinned(values: Tensor, device: torch.device) -> Tensor:
+    """What a recording on that device is given without anyone waiting."""
+    return values.pin_memory() if device.type == "cuda" and not values.is_cuda else values
 
 
 def seen(values: Tensor) -> Callable[[], list[Any]]:
@@ -211,17 +212,63 @@ def seen(values: Tensor) -> Callable[[], list[Any]]:
     return read
 
 
-def _read(adapter: Adapter, slots: Any, view: int, tokens: Tensor, depth: Tensor, lengths: Tensor | None = None
-          ) -> tuple[Tensor, Tensor]:
-    """Logits of tokens [rows, new] behind `depth` [rows] others, and their positions; with `lengths`, of each row's
-    last token only."""
-    positions = depth[:, None]
-    if tokens.shape[1] > 1:
-        positions = positions + torch.arange(tokens.shape[1], device=tokens.device)
+def _by_ours(name: str, plain: Callable[..., Any], x: Tensor, *args: Any) -> Any:
+    """`plain(x, *args)`, on a GPU by the kernel of that name, if it can run there."""
+    global _own
+    if _own and x.is_cuda and find_spec("triton") is not None:
+        try:
+            from specbeam.runners import ends
+
+            return getattr(ends, name)(x, *args)
+        except Exception:  # no C compiler, a card that Triton does not know: seen before anything is recorded
+            _own = False
+    return plain(x, *args)
+
+
+def largest(scores: Tensor, out: Tensor | None = None, depth: Tensor | None = None) -> Tensor:
+    """The first of the largest, along the last dimension. out: where they go; depth: what grows by one then."""
+    if scores.dtype == torch.float64:
+        return _largest(scores, out, depth)
+    return _by_ours("largest", _largest, scores, out, depth)
+
+
+def _largest(scores: Tensor, out: Tensor | None, depth: Tensor | None) -> Tensor:
+    found = scores.argmax(-1)
+    if depth is not None:
+        depth.add_(1)
+    return found if out is None else out.copy_(found)
+
+
+def _frame(depth: Tensor, plus: int, new: int, view: int, window: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Positions [rows, new] of tokens behind `depth` + `plus` others, the slots [rows, new, view] that each sees, and
+    those within the window, if there is one."""
+    positions = (depth + plus)[:, None] + torch.arange(new, device=depth.device)
     positions = positions.clamp(max=view - 1)  # of rows that idle along and count on
-    places = torch.arange(view, device=tokens.device)
+    places = torch.arange(view, device=depth.device)
     visible = places <= positions[..., None]
-    near = None if adapter.window is None else visible & (places > positions[..., None] - adapter.window)
+    return positions, visible, None if window is None else visible & (places > positions[..., None] - window)
+
+
+def _accept(best: Tensor, last: Tensor, depth: Tensor, asked: Tensor) -> Tensor:
+    """What of the proposals `asked` [rows, count + 1] (their lengths at the end) are the tokens `best` [rows,
+    count + 1]: the answer of a verification; last and depth become the next ones."""
+    proposed, count = asked[:, :-1], asked.shape[1] - 1
+    within = torch.arange(count, device=best.device) < asked[:, -1:]
+    accepted = ((best[:, :count] == proposed) & within).long().cumprod(1).sum(1)
+    return _answer(accepted, best.gather(1, accepted[:, None])[:, 0], last, depth, proposed)
+
+
+def _answer(accepted: Tensor, following: Tensor, last: Tensor, depth: Tensor, proposed: Tensor) -> Tensor:
+    last.copy_(following[:, None])
+    depth.add_(1 + accepted)
+    return torch.cat([accepted[:, None], following[:, None], proposed], 1)
+
+
+def _read(adapter: Adapter, slots: Any, view: int, tokens: Tensor, depth: Tensor, plus: int = 0,
+          lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Logits of tokens [rows, new] behind `depth` [rows] + `plus` others, and their positions; with `lengths`, of each
+    row's last token only."""
+    positions, visible, near = _by_ours("frame", _frame, depth, plus, tokens.shape[1], view, adapter.window)
     slots.slots, slots.span, slots.view = positions, None, view
     legal = positions
     if adapter.absolute and adapter.context is not None:  # behind the end of an answer
@@ -240,8 +287,12 @@ def _step(adapter: Adapter, slots: Any, view: int, shape: Shape, last: Tensor, d
     logits, positions = _read(adapter, slots, view, last, depth)
     texts = [one.scatter(1, positions, last) for one in more[: shape.history]]
     scores = shape.scores(logits, texts[0] if texts else None, positions)[:, 0]
-    token = invert(scores.softmax(-1), more[-1]) if shape.samples else largest(scores)
-    return token[:, None], depth + 1, *texts
+    if shape.samples:
+        last.copy_(invert(scores.softmax(-1), more[-1])[:, None])
+        depth.add_(1)
+    else:
+        largest(scores, last[:, 0], depth)
+    return last, depth, *texts
 
 
 def _propose(adapter: Adapter, slots: Any, view: int, shape: Shape, count: int, vocabulary: int, known: int,
@@ -252,10 +303,12 @@ def _propose(adapter: Adapter, slots: Any, view: int, shape: Shape, count: int, 
     ids: list[Tensor] = []
     q: list[Tensor] = []
     for place in range(count):
-        last = lengths if not place else None
-        logits, positions = _read(adapter, slots, view, tokens.clamp(max=known - 1), depth, last)
-        order = depth[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
-        texts = [one.scatter(1, order, tokens) for one in texts]
+        if known < vocabulary:
+            tokens = tokens.clamp(max=known - 1)
+        logits, positions = _read(adapter, slots, view, tokens, depth, max(0, place - 1), None if place else lengths)
+        if texts:
+            order = depth[:, None] + max(0, place - 1) + torch.arange(tokens.shape[1], device=tokens.device)
+            texts = [one.scatter(1, order, tokens) for one in texts]
         missing = vocabulary - logits.shape[-1]
         logits = pad(logits, (0, missing), value=-torch.inf) if missing > 0 else logits[..., :vocabulary]
         scores = shape.scores(logits, texts[0] if texts else None, positions)[:, 0]
@@ -264,7 +317,7 @@ def _propose(adapter: Adapter, slots: Any, view: int, shape: Shape, count: int, 
             ids.append(invert(q[-1], uniform[0][:, place]))
         else:
             ids.append(largest(scores))
-        tokens, depth = ids[-1][:, None], depth + (lengths if not place else 1)
+        tokens, depth = ids[-1][:, None], depth if place else depth + lengths
     return *texts, torch.stack(ids, 1), *([torch.stack(q, 1)] if q else [])
 
 
@@ -274,17 +327,15 @@ def _verify(adapter: Adapter, slots: Any, view: int, shape: Shape, rule: Any, la
     rule)."""
     asked, *drawn = more[shape.history :]
     proposed, count = asked[:, :-1], asked.shape[1] - 1
-    tokens, lengths = torch.cat([last, proposed], 1), asked[:, -1].clamp(max=count)  # of rows that idle along
+    tokens = torch.cat([last, proposed], 1)
     logits, positions = _read(adapter, slots, view, tokens, depth)
     texts = [one.scatter(1, positions, tokens) for one in more[: shape.history]]
     scores = shape.scores(logits, texts[0] if texts else None, positions)
     if shape.samples:
         uniform, q = drawn[0], drawn[1] if len(drawn) > 1 else None
+        lengths = asked[:, -1].clamp(max=count)  # of rows that idle along
         accepted, following = rule(proposed.clamp(min=0), scores.softmax(-1), q, lengths, uniform, invert)
+        answer = _answer(accepted, following, last, depth, proposed)
     else:
-        best = largest(scores)
-        within = torch.arange(count, device=tokens.device) < lengths[:, None]
-        accepted = ((best[:, :count] == proposed) & within).long().cumprod(1).sum(1)
-        following = best.gather(1, accepted[:, None])[:, 0]
-    answer = torch.cat([accepted[:, None], following[:, None], proposed], 1)
-    return following[:, None], depth + 1 + accepted, *texts, answer
+        answer = _by_ours("accept", _accept, largest(scores), last, depth, asked)
+    return last, depth, *texts, answer

@@ -242,31 +242,35 @@ class Graphs:
         return self.fuse(adapter, lease, _forward, (lease.view, near is not None, keep is not None), 0, *given,
                          prompt=prompt)[0]
 
-    @torch.inference_mode()
     def fuse(self, adapter: Adapter, lease: Lease, function: Callable[..., Outputs], static: tuple, carried: int,
              *given: Tensor, prompt: bool = False) -> list[Tensor]:
-        """function(adapter, slots, *static, *given), recorded. given: [rows, …] each.
+        """function(adapter, slots, *static, *given), recorded. given: [rows, …] each, on the device or pinned.
 
-        The first `carried` outputs become the first inputs of the next time: they come back as they lie there, and
-        given again they need no copy. The others are copies of one's own."""
+        The first `carried` outputs become the first inputs of the next time (or are these, changed in place): they come
+        back as they lie there, and given again they need no copy. The others are copies of one's own."""
+        if not torch.is_inference_mode_enabled():  # to enter it takes its time
+            with torch.inference_mode():
+                return self.fuse(adapter, lease, function, static, carried, *given, prompt=prompt)
         slots, rows = lease.of, len(given[0])
         key = (function, static, carried, *(tuple(one.shape[1:]) for one in given))
         # Ones: a row that is never filled then attends to something, and what it writes is finite.
-        kept = slots.graphs.pop(key, None) or Kept([one.new_ones(slots.count, *one.shape[1:]) for one in given])
+        kept = slots.graphs.pop(key, None) or Kept([
+            torch.ones(slots.count, *one.shape[1:], dtype=one.dtype, device=slots.rows.device) for one in given])
         if kept.replay is None:  # a compiler or a recording may run what it is given
             given = tuple(one.clone() for one in given)
 
         def fill() -> None:
             for mine, one in zip(kept.inputs, given, strict=True):
                 if mine.data_ptr() != one.data_ptr():
-                    mine[:rows] = one
+                    (mine if rows == slots.count else mine[:rows]).copy_(one, non_blocking=True)
 
         def run() -> Outputs:
             # "position": which ones they are only the host can say.
             mine = replace(adapter, keeps="") if adapter.keeps == "position" and not prompt else adapter
             outputs = function(mine, slots, *static, *kept.inputs)
             for old, new in zip(kept.inputs, outputs[:carried], strict=False):
-                old.copy_(new)
+                if new is not old:
+                    old.copy_(new)
             return outputs[carried:]
 
         found: Outputs = ()
@@ -278,17 +282,18 @@ class Graphs:
             slots.graphs.pop(next(iter(slots.graphs)))
         for _ in range(3 if _warming else 1):
             if kept.replay is None:
-                fill()
-                found = self._advance(adapter, slots, kept, run)
+                found = self._advance(adapter, slots, kept, fill, run)
         if kept.replay is not None:
             fill()
             kept.replay()
             found = kept.outputs
         return [*(one[:rows] for one in kept.inputs[:carried]), *(one[:rows].clone() for one in found)]
 
-    def _advance(self, adapter: Adapter, slots: Slots, kept: Kept, run: Callable[[], Outputs]) -> Outputs:
+    def _advance(self, adapter: Adapter, slots: Slots, kept: Kept, fill: Callable[[], None],
+                 run: Callable[[], Outputs]) -> Outputs:
         """As it is, then within what is around it (which may compile), then recorded: a rare shape costs nothing."""
         kept.runs += 1
+        fill()
         if kept.runs == 1:
             return run()
         try:
@@ -302,6 +307,7 @@ class Graphs:
         except Exception as failure:  # whatever a compiler or a driver says of a model it does not know
             self._give_up(adapter, failure)
             kept.runs = 1
+            fill()
             return run()
 
     def _give_up(self, adapter: Adapter, failure: BaseException) -> None:

@@ -26,7 +26,8 @@ ACTIVATIONS = ("", "silu", "gelu", "gelu_tanh", "relu")
 
 @dataclass(frozen=True)
 class Tiling:
-    """rows of weights a program has, columns that it reads at a time, how many such blocks it has in flight."""
+    """rows of weights a program has, columns that it reads at a time, how many such blocks it has in flight. With
+    less than 256 columns a warp, several rows are read at a time."""
 
     rows: int
     block: int
@@ -35,12 +36,17 @@ class Tiling:
 
 
 def tiling(rows: int, columns: int, gated: bool) -> Tiling:
-    """As measured on an H100, for products of 1 to 200 MB."""
+    """As measured on an H200 within layers of five models, for products of 1 to 240 MB. What the next kernel has in
+    flight must fit beside this one's: programs are small, and of small weights all is in flight at once."""
     block = min(1024, triton.next_power_of_2(columns))
+    if gated and columns <= 1024:
+        return Tiling(8, 128, 7, 2)
     if gated:
-        return Tiling(2, block, 1, 2) if columns <= block else Tiling(4, block, 2)
+        return Tiling(8, 512, 2) if columns <= 2048 else Tiling(2, 512, 4, 2)
     if columns > 4 * block:
-        return Tiling(4, block, 3)
+        return Tiling(4, 1024, 3) if columns > 10240 else Tiling(2, 512, 10 if rows <= 1024 else 5, 2)
+    if columns > 1024 and columns % 1024 == 512:
+        return Tiling(8, 512, 2, 2)
     return Tiling(8 if rows >= 1024 else 4, block, 2)
 
 
@@ -59,6 +65,8 @@ def product(x: Tensor, post: Tensor | None, residual: Tensor | None, norm: Tenso
     total = sizes[0] if gated else sum(sizes)
     first = weights[0]
     out = first.new_empty(1, 1, total + (columns if post is not None else 0))
+    if post is not None and residual is not None:  # a kernel of its own: in each of many programs it takes longer
+        x = join(x, post, residual, eps, plus, ahead, out[..., total:])
     tile = tile or tiling(total, columns, gated)
     programs = [triton.cdiv(size, tile.rows) for size in (sizes[:1] if gated else sizes)]
     w = [*weights, *[first] * (MOST_WEIGHTS - len(weights))]
@@ -66,18 +74,19 @@ def product(x: Tensor, post: Tensor | None, residual: Tensor | None, norm: Tenso
     starts = [sum(programs[:n]) for n in range(1, MOST_WEIGHTS)]
     options = {"launch_pdl": True} if early(x.device) else {}
     _product[(sum(programs),)](
-        x, first if post is None else post, first if residual is None else residual, first if norm is None else norm,
-        first if added is None else added, out, *w, *b, *starts, *(sizes + [0] * MOST_WEIGHTS)[:MOST_WEIGHTS], eps,
-        COLUMNS=columns, ROWS=tile.rows, BLOCK=tile.block, AHEAD=tile.ahead, WEIGHTS=len(weights),
-        POST=post is not None, NORM=norm is not None, PLUS=plus,
+        x, first if norm is None else norm, first if added is None else added, out, *w, *b, *starts,
+        *(sizes + [0] * MOST_WEIGHTS)[:MOST_WEIGHTS], eps,
+        COLUMNS=columns, ROWS=tile.rows, LINES=min(tile.rows, max(1, 256 * tile.warps // tile.block)),
+        BLOCK=tile.block, AHEAD=tile.ahead, WEIGHTS=len(weights), NORM=norm is not None, PLUS=plus,
         BIASES=sum(2**n for n, one in enumerate(biases) if one is not None), ACT=ACTIVATIONS.index(act),
         ADDED=added is not None, EARLY=ahead, PDL=bool(options), num_warps=tile.warps, **options)
     return out
 
 
-def join(x: Tensor, weight: Tensor, residual: Tensor, eps: float, plus: bool, ahead: bool) -> Tensor:
+def join(x: Tensor, weight: Tensor, residual: Tensor, eps: float, plus: bool, ahead: bool, out: Tensor | None = None
+         ) -> Tensor:
     """What fuse.py's `join` says, on a GPU."""
-    out, columns, pdl = torch.empty_like(x), len(weight), early(x.device)
+    out, columns, pdl = torch.empty_like(x) if out is None else out, len(weight), early(x.device)
     _join[(1,)](x, weight, residual, out, eps, COLUMNS=columns, BLOCK=triton.next_power_of_2(columns), PLUS=plus,
                 EARLY=ahead, PDL=pdl, num_warps=8, **({"launch_pdl": True} if pdl else {}))
     return out
@@ -103,42 +112,38 @@ def _normed(x, scale, weight, PLUS: tl.constexpr):
 
 
 @triton.jit
-def _scale(parts, eps, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr):
-    squares = parts[0].to(tl.float32) * parts[0].to(tl.float32)
-    for block in tl.static_range(1, BLOCKS):
-        squares += parts[block].to(tl.float32) * parts[block].to(tl.float32)
-    return tl.rsqrt(tl.sum(squares) / COLUMNS + eps)
-
-
-@triton.jit
-def _tile(w, block, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    column = block * BLOCK + tl.arange(0, BLOCK)
-    place = w + tl.arange(0, ROWS)[:, None] * COLUMNS + column[None]
-    if COLUMNS % BLOCK == 0:
-        return tl.load(place, eviction_policy="evict_first")
-    return tl.load(place, mask=column[None] < COLUMNS, other=0.0, eviction_policy="evict_first")
-
-
-@triton.jit
-def _part(x, block, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+def _tile(w, block, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, LINES: tl.constexpr, BLOCK: tl.constexpr):
+    """[GROUPS, LINES, BLOCK]: a thread has eight columns of one line, in every group."""
     column = block * BLOCK + tl.arange(0, BLOCK)[None]
+    row = tl.arange(0, GROUPS * LINES)[:, None]
+    place = w + row * COLUMNS + column
     if COLUMNS % BLOCK == 0:
-        return tl.load(x + column)
-    return tl.load(x + column, mask=column < COLUMNS, other=0.0)
+        tile = tl.load(place, eviction_policy="evict_first")
+    else:
+        tile = tl.load(place, mask=(column < COLUMNS) & (row >= 0), other=0.0, eviction_policy="evict_first")
+    return tl.reshape(tile, [GROUPS, LINES, BLOCK])
 
 
 @triton.jit
-def _parts(x, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
-    parts = (_part(x, 0, COLUMNS, BLOCK),)  # Triton knows + of tuples, not unpacking
-    for block in tl.static_range(1, BLOCKS):
-        parts = parts + (_part(x, block, COLUMNS, BLOCK),)  # noqa: RUF005
+def _part(x, block, COLUMNS: tl.constexpr, LINES: tl.constexpr, BLOCK: tl.constexpr):
+    """[1, LINES, BLOCK], each line the same: as the weights lie among the threads, so that nothing moves."""
+    column = block * BLOCK + tl.arange(0, BLOCK)[None] + tl.arange(0, LINES)[:, None] * 0
+    part = tl.load(x + column) if COLUMNS % BLOCK == 0 else tl.load(x + column, mask=column < COLUMNS, other=0.0)
+    return tl.reshape(part, [1, LINES, BLOCK])
+
+
+@triton.jit
+def _parts(x, COUNT: tl.constexpr, COLUMNS: tl.constexpr, LINES: tl.constexpr, BLOCK: tl.constexpr):
+    parts = (_part(x, 0, COLUMNS, LINES, BLOCK),)  # Triton knows + of tuples, not unpacking
+    for block in tl.static_range(1, COUNT):
+        parts = parts + (_part(x, block, COLUMNS, LINES, BLOCK),)  # noqa: RUF005
     return parts
 
 
 @triton.jit
-def _sums(w, x, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _sums(x, GROUPS: tl.constexpr, LINES: tl.constexpr, BLOCK: tl.constexpr):
     """Each thread's own eight columns are added up: the others are left for the end."""
-    return tl.sum(tl.reshape(w.to(tl.float32) * x, [ROWS, BLOCK // 8, 8]), 2)
+    return tl.sum(tl.reshape(x, [GROUPS, LINES, BLOCK // 8, 8]), 3)
 
 
 @triton.jit
@@ -177,11 +182,13 @@ def _chosen(w0, w1, w2, b0, b1, b2, start1, start2, size0, size1, size2, WEIGHTS
 
 
 @triton.jit
-def _product(x, post, residual, norm, added, out, w0, w1, w2, b0, b1, b2, start1, start2, size0, size1, size2, eps,
-             COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr,
-             WEIGHTS: tl.constexpr, POST: tl.constexpr, NORM: tl.constexpr, PLUS: tl.constexpr, BIASES: tl.constexpr,
+def _product(x, norm, added, out, w0, w1, w2, b0, b1, b2, start1, start2, size0, size1, size2, eps,
+             COLUMNS: tl.constexpr, ROWS: tl.constexpr, LINES: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr,
+             WEIGHTS: tl.constexpr, NORM: tl.constexpr, PLUS: tl.constexpr, BIASES: tl.constexpr,
              ACT: tl.constexpr, ADDED: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr):
     BLOCKS: tl.constexpr = (COLUMNS + BLOCK - 1) // BLOCK
+    NEAR: tl.constexpr = min(BLOCKS, 8)  # blocks of the row that are fetched at once
+    GROUPS: tl.constexpr = ROWS // LINES
     GATE: tl.constexpr = ACT > 0
     w, b, size, base, has, number = _chosen(w0, w1, w2, b0, b1, b2, start1, start2, size0, size1, size2, WEIGHTS,
                                             BIASES, ACT)
@@ -189,66 +196,56 @@ def _product(x, post, residual, norm, added, out, w0, w1, w2, b0, b1, b2, start1
     row = tl.minimum(number * ROWS, size - ROWS)
     w += row.to(tl.int64) * COLUMNS
     other = w1 + row.to(tl.int64) * COLUMNS
-    where = row + tl.arange(0, ROWS)
-    tiles = (_tile(w, 0, COLUMNS, ROWS, BLOCK),)
+    where = row + tl.arange(0, GROUPS)[:, None] * LINES + tl.arange(0, LINES)[None]
+    tiles = (_tile(w, 0, COLUMNS, GROUPS, LINES, BLOCK),)
     others = tiles
     if GATE:
-        others = (_tile(other, 0, COLUMNS, ROWS, BLOCK),)
+        others = (_tile(other, 0, COLUMNS, GROUPS, LINES, BLOCK),)
     for block in tl.static_range(1, AHEAD):
         if block < BLOCKS:
-            tiles = tiles + (_tile(w, block, COLUMNS, ROWS, BLOCK),)  # noqa: RUF005
+            tiles = tiles + (_tile(w, block, COLUMNS, GROUPS, LINES, BLOCK),)  # noqa: RUF005
             if GATE:
-                others = others + (_tile(other, block, COLUMNS, ROWS, BLOCK),)  # noqa: RUF005
+                others = others + (_tile(other, block, COLUMNS, GROUPS, LINES, BLOCK),)  # noqa: RUF005
     bias, bias2 = 0.0, 0.0
     if BIASES:
         bias = tl.load(b + where, mask=where < size * has, other=0.0).to(tl.float32)
     if GATE and BIASES > 1:
         bias2 = tl.load(b1 + where).to(tl.float32)
-    norms, posts = (0,), (0,)
+    gains = (0,)
     if NORM:
-        norms = _parts(norm, COLUMNS, BLOCK, BLOCKS)
-    if POST:
-        posts = _parts(post, COLUMNS, BLOCK, BLOCKS)
+        gains = _parts(norm, BLOCKS, COLUMNS, LINES, BLOCK)
     _begin(EARLY, PDL)
     plus = 0.0
+    parts = _parts(x, NEAR, COLUMNS, LINES, BLOCK)
     if ADDED:
         plus = tl.load(added + where).to(tl.float32)
-    parts, scale = (0,), 1.0
-    if NORM or POST:
-        parts = _parts(x, COLUMNS, BLOCK, BLOCKS)
-    if POST:
-        residuals = _parts(residual, COLUMNS, BLOCK, BLOCKS)
-        before, joined = _scale(parts, eps, COLUMNS, BLOCKS), ()
-        for block in tl.static_range(0, BLOCKS):
-            sum = _normed(parts[block], before, posts[block], PLUS) + residuals[block].to(tl.float32)
-            joined = joined + (sum.to(x.dtype.element_ty),)  # noqa: RUF005
-            if tl.program_id(0) == 0:
-                column = block * BLOCK + tl.arange(0, BLOCK)[None]
-                start = size0 if GATE else size0 + size1 + size2
-                tl.store(out + start + column, joined[block], mask=column < COLUMNS)
-        parts = joined
-    if NORM:
-        scale = _scale(parts, eps, COLUMNS, BLOCKS)
-    total = tl.zeros([ROWS, BLOCK // 8], tl.float32)
-    total2 = tl.zeros([ROWS, BLOCK // 8], tl.float32)
+    total = tl.zeros([GROUPS, LINES, BLOCK // 8], tl.float32)
+    total2 = tl.zeros([GROUPS, LINES, BLOCK // 8], tl.float32)
+    squares = tl.zeros([1, LINES, BLOCK // 8], tl.float32)
     for block in tl.static_range(0, BLOCKS):
         if block + AHEAD < BLOCKS:
-            tiles = tiles + (_tile(w, block + AHEAD, COLUMNS, ROWS, BLOCK),)  # noqa: RUF005
+            tiles = tiles + (_tile(w, block + AHEAD, COLUMNS, GROUPS, LINES, BLOCK),)  # noqa: RUF005
             if GATE:
-                others = others + (_tile(other, block + AHEAD, COLUMNS, ROWS, BLOCK),)  # noqa: RUF005
-        if NORM:
-            part = _normed(parts[block], scale, norms[block], PLUS)
-        elif POST:
-            part = parts[block].to(tl.float32)
-        else:
-            part = _part(x, block, COLUMNS, BLOCK).to(tl.float32)
-        total += _sums(tiles[block], part, ROWS, BLOCK)
+                others = others + (_tile(other, block + AHEAD, COLUMNS, GROUPS, LINES, BLOCK),)  # noqa: RUF005
+        if block + NEAR < BLOCKS:
+            parts = parts + (_part(x, block + NEAR, COLUMNS, LINES, BLOCK),)  # noqa: RUF005
+        part = parts[block].to(tl.float32)
+        if NORM:  # its scale is applied to the sums: nothing waits for the squares
+            squares += _sums(part * part, 1, LINES, BLOCK)
+            gain = gains[block].to(tl.float32)
+            if PLUS:
+                gain += 1.0
+            part *= gain
+        total += _sums(tiles[block].to(tl.float32) * part, GROUPS, LINES, BLOCK)
         if GATE:
-            total2 += _sums(others[block], part, ROWS, BLOCK)
+            total2 += _sums(others[block].to(tl.float32) * part, GROUPS, LINES, BLOCK)
     dtype = out.dtype.element_ty
-    result = (tl.sum(total, 1) + bias).to(dtype).to(tl.float32)
+    scale = 1.0
+    if NORM:
+        scale = tl.rsqrt(tl.sum(squares, 2) / COLUMNS + eps)
+    result = (tl.sum(total, 2) * scale + bias).to(dtype).to(tl.float32)
     if GATE:
-        second = (tl.sum(total2, 1) + bias2).to(dtype).to(tl.float32)
+        second = (tl.sum(total2, 2) * scale + bias2).to(dtype).to(tl.float32)
         result = _activate(result, ACT).to(dtype).to(tl.float32) * second
     tl.store(out + base + where, (result + plus).to(dtype))
 
@@ -256,45 +253,10 @@ def _product(x, post, residual, norm, added, out, w0, w1, w2, b0, b1, b2, start1
 @triton.jit
 def _join(x, weight, residual, out, eps, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, PLUS: tl.constexpr,
           EARLY: tl.constexpr, PDL: tl.constexpr):
-    its = _part(weight, 0, COLUMNS, BLOCK)
+    its = _part(weight, 0, COLUMNS, 1, BLOCK)
     _begin(EARLY, PDL)
-    before, part = _part(residual, 0, COLUMNS, BLOCK), _part(x, 0, COLUMNS, BLOCK)
-    sum = before.to(tl.float32) + _normed(part, _scale((part,), eps, COLUMNS, 1), its, PLUS)
-    column = tl.arange(0, BLOCK)[None]
+    before, part = _part(residual, 0, COLUMNS, 1, BLOCK), _part(x, 0, COLUMNS, 1, BLOCK)
+    scale = tl.rsqrt(tl.sum(part.to(tl.float32) * part.to(tl.float32), 2, keep_dims=True) / COLUMNS + eps)
+    sum = before.to(tl.float32) + _normed(part, scale, its, PLUS)
+    column = tl.arange(0, BLOCK)[None, None]
     tl.store(out + column, sum.to(part.dtype), mask=column < COLUMNS)
-
-
-def argmax(scores: Tensor) -> Tensor:
-    """The first of the largest scores [..., vocabulary], on a GPU: torch's takes 10 µs for 32,000."""
-    rows, size = scores.numel() // scores.shape[-1], scores.shape[-1]
-    parts = triton.cdiv(size, 4096)
-    best = scores.new_empty(rows, parts, dtype=torch.float32)
-    which, out = torch.empty_like(best, dtype=torch.int64), scores.new_empty(scores.shape[:-1], dtype=torch.int64)
-    options = {"launch_pdl": True} if early(scores.device) else {}
-    _best[(rows, parts)](scores.contiguous(), best, which, size, BLOCK=4096, PDL=bool(options), num_warps=8, **options)
-    _best_of_all[(rows,)](best, which, out, parts, BLOCK=triton.next_power_of_2(parts), PDL=bool(options), num_warps=1,
-                          **options)
-    return out
-
-
-@triton.jit
-def _best(scores, best, which, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    row, part = tl.program_id(0), tl.program_id(1)
-    place = part * BLOCK + tl.arange(0, BLOCK)
-    score = tl.load(scores + row.to(tl.int64) * size + place, mask=place < size, other=-float("inf")).to(tl.float32)
-    most, at = tl.max(score, 0, return_indices=True)
-    tl.store(best + row * tl.num_programs(1) + part, most)
-    tl.store(which + row * tl.num_programs(1) + part, (part * BLOCK + at).to(tl.int64))
-
-
-@triton.jit
-def _best_of_all(best, which, out, parts, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    row, part = tl.program_id(0), tl.arange(0, BLOCK)
-    score = tl.load(best + row * parts + part, mask=part < parts, other=-float("inf"))
-    _, at = tl.max(score, 0, return_indices=True)
-    tl.store(out + row, tl.load(which + row * parts + at))
