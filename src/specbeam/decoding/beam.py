@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -248,7 +249,8 @@ def _hopeful(row: Beams, rule: Ranking, limit: int) -> bool:
         return False
     reach = limit if rule.early_stopping == "never" and rule.length_penalty > 0 else len(row.tokens[0])
     worst = min(one.score for one in row.finished)
-    return float(torch.tensor(row.scores[0]) / reach ** rule.length_penalty) > worst  # in fp32, as the pool's scores
+    with np.errstate(all="ignore"):  # a penalty may be beyond fp32, in which the pool's scores are
+        return float(np.float32(row.scores[0]) / np.float32(reach ** rule.length_penalty)) > worst
 
 
 def log_probabilities(logits: Tensor, beams: Sequence[Beams], request: Request, live: Sequence[int]) -> Tensor:
