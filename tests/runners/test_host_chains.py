@@ -21,6 +21,8 @@ from tiny import prompts
 from transformers import EncoderRepetitionPenaltyLogitsProcessor, LogitsProcessorList
 
 import specbeam
+from specbeam.drafting.length import Length
+from specbeam.engine.support import adapt
 from specbeam.runners import choose
 from specbeam.runners.chains import Shape
 from specbeam.runners.host_chains import HostChains
@@ -147,3 +149,29 @@ def test_a_broken_mask_is_seen(fault, on_host, monkeypatch):
     else:
         monkeypatch.setattr(backend, "_below", lambda new: np.ones((new, new), dtype=bool))
     assert speculative(target, draft, given, max_new_tokens=24).tokens != wanted
+
+
+@pytest.mark.parametrize("options", [{"drafter": "combined"}, {"drafter": "token_recycling"}], ids=str)
+def test_auto_learns_from_forwards_as_wide_as_they_were_outside_of_chains_too(options, on_host, monkeypatch):
+    target, draft, given = model("llama"), good_draft("llama"), prompts((9,))
+    on_host(target, draft)
+    requests = adapt(target).runner.open(adapt(target), 1, 8).requests
+    requests.patience = 1e9  # a width is kept for ever
+    wide, told, forward, learn = [], [], backend.StateSlots.forward, Length.round_done
+
+    def forwards(slots, *args):
+        found = forward(slots, *args)
+        if slots.requests is requests:
+            wide.append((slots.wide, slots.changed))
+        return found
+
+    def learns(length, proposal, paths, became, seconds, new, changed):
+        told.append((new, changed, length.why[0]))
+        learn(length, proposal, paths, became, seconds, new, changed)
+
+    monkeypatch.setattr(backend.StateSlots, "forward", forwards)
+    monkeypatch.setattr(Length, "round_done", learns)
+    out = specbeam.speculative_generate(target, draft, given, draft_length="auto", max_new_tokens=40, **options)
+    assert [(new, changed) for new, changed, _ in told] == wide[-len(out.trace[0].rounds):]
+    assert {new for new, _, why in told if why == "measuring plain"} == {1}
+    assert any(new > 1 for new, _, _ in told)

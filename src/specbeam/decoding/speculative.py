@@ -136,7 +136,8 @@ def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
         if new:
             continue
         states = [batch.rows[row] for row in batch.live]
-        length.wide = 0 if chains is None else chains.wide
+        shaped = tree.cache if tree.adapter.runner.reads else None  # its forwards may be wider than they must
+        length.wide = 0 if shaped is None else shaped.kept
         # The last token of an answer is never worth a proposal behind it.
         left = [state.remaining for state in states]
         limits = length.limits([min(settings.depth, n - 1) for n in left], [] if batch.waiting else left)
@@ -155,11 +156,13 @@ def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
                 proposal = drafter.propose([state.sequence for state in states], limits, length)
                 proposal = length.trim(proposal)
             drafted = batch.clock.mark()
+            if shaped is not None and length.rest:
+                shaped.forget_width()
             last = [state.tokens[-1] for state in states]
             asked = proposal if proposal is not None and any(proposal.tokens) else None
             block = _block(last, asked, tree.device)
             logits, nodes = tree.extend(tips, block)
-            verified, width = batch.clock.mark(), block.tokens.shape[1]
+            verified, width = batch.clock.mark(), block.tokens.shape[1] if shaped is None else shaped.wide
             paths, following = _choose(request, batch, batch.live, logits, asked, settings.acceptance)
             tips = nodes if asked is None else nodes.pick(
                 torch.tensor([[path[-1] + 1 if path else 0] for path in paths], device=tree.device))
@@ -187,7 +190,7 @@ def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
             # What a drafter does behind a round (it learns, say) is time that plain rounds do not take.
             spans, ended = [(since, drafted), (drafted, verified), (since, end)], end
             length.round_done(proposal, paths, became, [batch.clock.seconds(*span) for span in spans],
-                              width, chains is not None and chains.changed)
+                              width, shaped is not None and shaped.changed)
         if drafter is None:
             continue
         if proposal is not None:

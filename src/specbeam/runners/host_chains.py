@@ -33,9 +33,7 @@ class HostChains:
 
     @property
     def wide(self) -> int:
-        """Tokens of a row in the last forward; 0: it had more rows."""
-        cache = self.tree.cache
-        return cache.wide if cache.rows == len(cache.order) else 0
+        return self.tree.cache.kept
 
     @property
     def changed(self) -> bool:

@@ -115,6 +115,15 @@ class StateSlots:
         self.changed = False  # whether the one before was of another size
         self._in_order(rows)
 
+    @property
+    def kept(self) -> int:
+        """Tokens of a row in the last forward, which the next one may have, too; 0: it had more rows."""
+        return self.wide if self.rows == len(self.order) else 0
+
+    def forget_width(self) -> None:
+        """The coming forward is as wide as it must be."""
+        self.requests.shape = 0, 0
+
     def resize(self, capacity: int) -> None:
         self.capacity = capacity
 
