@@ -212,6 +212,11 @@ def test_what_was_too_dear_is_forgotten_for_about_so_many_rows():
     for _ in range(2):
         costs.forget(8)
     assert {shape for shape in costs.target if shape[1] > 1} == {(2, 3, 0), (2, 3, 1), (1, 4, 0), (1, 4, 1)}
+    dear = measured(SHAPES, slow=1.0)
+    before = dear.prices(8)
+    for _ in range(15):
+        dear.forget(8)
+    assert dear.prices(8) != before, "what was worked out of it is forgotten, too"
 
 
 def test_what_a_round_with_proposals_takes_beside_its_forwards_is_its_own_cost():

@@ -431,7 +431,8 @@ GOOD = {"prices": {"draft": 0.2, "token": 0.1, "rate": 1.2}, "tried": [0] * 10, 
         {"tried": [0] * 9}, {"tried": ["x"] * 10}, {"kept": None}, {"kept": [-1] * 10}, {"usual": "x"},
         {"usual": None}, {"prices": []}, {"prices": {"draft": 0.2, "cost": 1}}, {"prices": {"draft": float("nan")}},
         {"prices": {"draft": -1.0}}, {"prices": {"token": "x"}},
-        {"prices": {"steps": 4}}, {"prices": {"steps": [[4]]}}, {"prices": {"steps": [[4, -0.1]]}}))])
+        {"prices": {"steps": 4}}, {"prices": {"steps": [[4]]}},
+        {"prices": {"steps": [[2.5, 0.5]]}}, {"prices": {"steps": [[4, -0.1]]}}))])
 def test_a_file_that_is_no_costs_file_is_refused_in_one_sentence(tmp_path, text):
     file = tmp_path / "costs.json"
     file.write_bytes(text.encode("utf-8", "surrogateescape"))

@@ -99,8 +99,35 @@ def test_processors_that_remember_see_each_tokens_own_text(method, drawn, rememb
     reads = on_host(target, draft)
     before = len(reads)
     check_rounds(call(), wanted)
-    assert (len(reads) > before) == (remember != "a grammar" or len(given) == 1), "a grammar knows its row"
+    own = remember in ("n-grams", "bad words")
+    assert (len(reads) > before) == (own or len(given) == 1), "others may know their row"
     assert not fell_back(caplog)
+
+
+def test_processors_of_the_callers_see_one_row_at_a_time(on_host):
+    """A function knows nothing of rows that others could see: each has its own."""
+    target, draft, given = model("llama"), good_draft("llama"), prompts((9, 9, 9))
+
+    def one_row(ids, scores):
+        assert len({tuple(row[:9].tolist()) for row in ids}) == 1
+        return scores + ids[:, :1] % 5 * scores
+
+    wanted = plain(target, draft, given, max_new_tokens=10, logits_processor=[one_row]).tokens
+    on_host(target, draft)
+    for method in (plain, speculative):
+        assert method(target, draft, given, max_new_tokens=10, logits_processor=[one_row]).tokens == wanted
+
+
+def test_scores_that_transformers_asks_for_are_each_rows_own(on_host):
+    from specbeam.transformers import greedy
+
+    target, given = model("llama"), torch.stack(prompts((9, 9)))
+    asked = {"return_dict_in_generate": True, "output_scores": True, "max_new_tokens": 6, "do_sample": False}
+    wanted = target.generate(given, custom_generate=greedy(), **asked).scores
+    on_host(target)
+    found = target.generate(given, custom_generate=greedy(), **asked).scores
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_processors_of_two_rows_are_told_apart_by_all_of_their_numbers():
@@ -151,8 +178,7 @@ def test_a_broken_mask_is_seen(fault, on_host, monkeypatch):
     assert speculative(target, draft, given, max_new_tokens=24).tokens != wanted
 
 
-@pytest.mark.parametrize("options", [{"drafter": "combined"}, {"drafter": "token_recycling"}], ids=str)
-def test_auto_learns_from_forwards_as_wide_as_they_were_outside_of_chains_too(options, on_host, monkeypatch):
+def test_auto_learns_from_forwards_as_wide_as_they_were_outside_of_chains_too(on_host, monkeypatch):
     target, draft, given = model("llama"), good_draft("llama"), prompts((9,))
     on_host(target, draft)
     requests = adapt(target).runner.open(adapt(target), 1, 8).requests
@@ -171,7 +197,8 @@ def test_auto_learns_from_forwards_as_wide_as_they_were_outside_of_chains_too(op
 
     monkeypatch.setattr(backend.StateSlots, "forward", forwards)
     monkeypatch.setattr(Length, "round_done", learns)
-    out = specbeam.speculative_generate(target, draft, given, draft_length="auto", max_new_tokens=40, **options)
+    out = specbeam.speculative_generate(target, draft, given, draft_length="auto", max_new_tokens=40,
+                                        drafter="token_recycling")
     assert [(new, changed) for new, changed, _ in told] == wide[-len(out.trace[0].rounds):]
     assert {new for new, _, why in told if why == "measuring plain"} == {1}
     assert any(new > 1 for new, _, _ in told)

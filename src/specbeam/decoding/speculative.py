@@ -95,7 +95,7 @@ def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
         return make_drafter(settings, target, draft, replace(request, rows=part), vocabulary)
 
     shape = None
-    if settings.recordable:
+    if settings.recordable(draft):
         shape = shape_of(adapter, [row.processors for row in request.rows], bool(request.config.do_sample))
     new, start = list(batch.live), None  # rows whose prompts are unread
     ended = None  # of the round before, if this one follows it

@@ -131,10 +131,10 @@ class Settings:
         return bool(self.tree_nodes) or self.branches > 1 or self.drafter == "token_recycling" or any(
             n > 1 for n in self.branching)
 
-    @property
-    def recordable(self) -> bool:
-        """Whether proposals are chains, and nobody asks for the target's logits."""
-        return not self.trees and self.drafter != "combined" and self.acceptance != "typical"
+    def recordable(self, draft: object) -> bool:
+        """Whether proposals are chains, and nobody asks for the target's logits (without a draft model, combined does:
+        it has a table of the target's successors)."""
+        return not self.trees and self.acceptance != "typical" and (self.drafter != "combined" or draft is not None)
 
     def check(self, draft: object) -> None:
         """Raises InputError for settings that make no sense, in one sentence."""

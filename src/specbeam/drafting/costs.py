@@ -250,6 +250,7 @@ class Costs:
                 some.popleft()
                 if not some:
                     del self.target[shape]
+        self.worked_out.clear()
 
 
 def _features(rows: int, new: int, changed: int) -> tuple[float, ...]:

@@ -77,7 +77,7 @@ class Learned:
 
     def judged(self, proposal: Proposal, paths: Sequence[Sequence[int]]) -> None:
         """The target kept these of each row's proposals. Learned from later: between forwards, caches are cold."""
-        self.unheard.append((proposal, paths))
+        self.unheard.append((replace(proposal, q=None), paths))
         if len(self.unheard) >= min(_TOGETHER, 1 + self.heard // 8):
             self.hear()
 
@@ -176,6 +176,7 @@ class Length:
         self.threshold = settings.confidence_threshold
         self.fixed = not self.auto and not self.threshold
         self.settings, self.looks_up, self.alone = settings, draft is None, alone()
+        self.chains = settings.recordable(draft)
         self.last = Last.of([1] * rows, 1.0)
         self.reach = [1.0] * rows  # P(all proposed so far accepted), of the running round
         self.why = [""] * rows
@@ -217,12 +218,16 @@ class Length:
                 if self.costs.few:
                     return [min(_CAUTIOUS, n) for n in most]
             deepest = self._deepest()
+            self._stop({row for row, n in enumerate(most) if n > deepest}, "not worth its time")
             return [min(deepest, n) for n in most]
         return [0] * len(most)
 
     def _deepest(self) -> int:
-        """How deep proposals go: up to where the target's next tokens cost a step more, unless it pays to go on."""
+        """How deep proposals go: up to where the target's next tokens cost a step more, unless it pays to go on. Of
+        trees, and of tokens that will be spelled anew, depth says nothing of that."""
         prices, chance, depth = self.prices, min(self.learned.usual, 0.999), self.settings.depth
+        if not self.chains or self.settings.vocabulary != "same":
+            return depth
         ends = [place - 1 for place, price in prices.steps if 1 < place <= depth and price > _STEP]
 
         def rate(n: int) -> float:
@@ -300,7 +305,8 @@ class Length:
         """Cut proposals that were not drawn to what pays: each of their tokens is a function of its prefix."""
         if not self.auto or proposal.q is not None or not any(proposal.tokens):
             return proposal
-        if self.column and self.settings.drafter != "combined" and proposal.chained:  # `proposes` was asked
+        if self.column and self.settings.drafter != "combined" and self.settings.vocabulary == "same" and (
+                proposal.chained):  # `proposes` was asked for each of them
             return proposal
         chances: list[list[float]] = []
         for row, above in enumerate(proposal.parents):
@@ -364,8 +370,9 @@ def read_costs(path: str) -> tuple[Learned, Prices]:
         prices = replace(prices, steps=tuple((place, price) for place, price in prices.steps))
         # Whatever is divided by or compared later is there, and is a number.
         assert len(learned.tried) == len(learned.kept) == _BUCKETS
-        *alone, steps = astuple(prices)
-        assert all(x >= 0 and isfinite(x) for x in [*learned.tried, *learned.kept, learned.usual, *alone,
+        assert all(type(place) is int and place > 0 for place, _ in prices.steps)
+        *others, steps = astuple(prices)
+        assert all(x >= 0 and isfinite(x) for x in [*learned.tried, *learned.kept, learned.usual, *others,
                                                     *chain.from_iterable(steps)])
     except OSError as error:
         raise InputError(f"costs file {path!r} cannot be read ({error.strerror}): give one written by "

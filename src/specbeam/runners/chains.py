@@ -48,12 +48,17 @@ class Shape:
 
     @classmethod
     def of(cls, processors: Sequence[LogitsProcessorList], samples: bool, recorded: bool = True) -> Shape | None:
-        """None: these cannot be recorded, or differ from row to row. recorded: False for a host, which can call any."""
-        keys = {tuple((type(one), *sorted((name, _shown(value)) for name, value in vars(one).items())) for one in row)
-                for row in processors}
+        """None: these cannot be recorded, or differ from row to row. recorded: False for a host, which can call any; of
+        several rows only transformers' own, which know no row but by what they hold."""
+        if not recorded and len(processors) == 1:
+            return cls((), samples, False, processors[0])
+        keys = {tuple((type(one), *sorted(
+            (name, _shown(value)) for name, value in getattr(one, "__dict__", {}).items())) for one in row)
+            for row in processors}
         history = False
         if not recorded:
-            return cls(keys.pop(), samples, history, processors[0]) if len(keys) == 1 else None
+            own = all(type(one).__module__ == hf.__name__ for row in processors for one in row)
+            return cls(keys.pop(), samples, history, processors[0]) if own and len(keys) == 1 else None
         for one in processors[0]:
             if type(one) is hf.RepetitionPenaltyLogitsProcessor and getattr(one, "prompt_ignore_length", None) is None:
                 history = True

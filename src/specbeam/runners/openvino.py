@@ -211,7 +211,7 @@ class StateSlots:
         and new] is told, and within a window. Logits [rows, new, vocabulary], until the next forward."""
         self.plain = False
         rows, new = tokens.shape
-        self._grow(tokens, self._width(rows, new, exact=True))
+        self._grow(positions, self._width(rows, new, exact=True))  # `make_room` counts them when it must
         return self._infer(tokens, positions, {"mask": seen, "near": near}, None)
 
     def _infer(self, tokens: Any, positions: Any, masks: dict[str, np.ndarray | None], keep: Any) -> np.ndarray:

@@ -195,7 +195,7 @@ def narrow(model: ov.Model) -> None:
     memory traffic, and what is computed is the same (products widen them as they read)."""
     known: dict[str, Any] = {}
     for _, port, weight in list(_weights(model)):
-        name = weight.get_friendly_name()
+        name = weight.get_name()
         if name not in known:
             known[name] = _narrowed(weight)
         if known[name] is not None:
