@@ -7,7 +7,7 @@ In a chain slot i holds position i: a row's length alone says which slots it see
 positions, so that no mask is made outside. A proposal always has its full length, whatever a row may still use of it,
 so that the end of an answer is no new shape.
 Only processors that look at the scores, and the repetition penalty, can be recorded; others leave their method in its
-ordinary loop. On a CPU host_chains.py does the same without recording, and with any of them.
+ordinary loop. On a CPU host_chains.py does the same without recording, and with more of them.
 """
 
 from __future__ import annotations
