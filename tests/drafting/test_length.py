@@ -106,7 +106,7 @@ def test_auto_falls_back_to_plain_rounds_and_tries_again_ever_later(target, draf
     chosen = auto(target, draft)
     plain_rounds(chosen)
     waits = tries(chosen, 1200, kept=0, of=4, seconds=1.5)
-    assert waits[:12] == [0] * 8 + [4, 12, 36, 64], "a round loses half a plain one: eight use the credit up"
+    assert waits[:12] == [0] * 8 + [12, 36, 64, 64], "a round loses half a plain one: eight use the credit up"
     assert set(waits[12:]) == {64}, "and one that of a try"
 
 

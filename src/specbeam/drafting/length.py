@@ -10,8 +10,8 @@ tokens, before it has), the costs are measured (costs.py: a token more in one ro
 forward), and the weights w, 1 in all, say which row will end last: a batch takes as long as that one.
 
 Whether to draft at all is a matter of credit: each round with proposals adds the tokens that it brought and takes what
-it cost. At 0 the batch decodes plainly for 4 rounds and tries again; each try that fails makes the next pause three
-times as long, up to 64 rounds, each that pays begins anew with 4. A pause that would end within an answer ends at its
+it cost. At 0 the batch decodes plainly for 12 rounds and tries again; each try that fails makes the next pause three
+times as long, up to 64 rounds, each that pays begins anew with 12. A pause that would end within an answer ends at its
 beginning, where the draft reads the prompt outside decoding; in an answer that begins within a pause, it reads nothing
 until it is needed.
 Too little credit stops by bad luck what gains a tenth; too much is lost where texts change (docs/log.md, 2026-11-29).
@@ -45,7 +45,7 @@ _LATELY = 1 / 12  # weight of the newest token in the usual acceptance
 _MOST_CREDIT = 4.0  # plain rounds of one row: what a text that has begun to go badly may cost
 _MOST_LOSS = 1.0  # that one round is charged with: it may have been slow for other reasons
 _TRY = 0.3  # credit of a try
-_SHORTEST_WAIT, _LONGER, _LONGEST_WAIT = 4, 3, 64  # plain rounds; by how much the next pause is longer
+_SHORTEST_WAIT, _LONGER, _LONGEST_WAIT = 12, 3, 64  # plain rounds; by how much the next pause is longer
 _CAUTIOUS = 2  # tokens that are proposed until it is known what longer forwards cost
 _LASTS = 2  # rounds that share what a change of width costs
 _STEP = 0.1  # plain rounds that a step in the target's costs is worth looking at
