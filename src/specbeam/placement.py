@@ -57,20 +57,14 @@ def check_placed(name: str, model: Any) -> None:
         raise InputError(f"device_map puts the input embedding of '{name}' on disk: keep it on a device or the cpu.")
 
 
-def alone() -> bool:
-    """Whether this is the only process."""
-    from torch import distributed
-
-    return not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1)
-
-
 def agreed(seconds: Sequence[float], model: Any) -> list[float]:
     """The seconds that the first process measured, for a model that is split over several: each would decide by its
     own clock, and then wait for the others for ever."""
-    if alone():
-        return list(seconds)
     import torch
     from torch import distributed
+
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return list(seconds)
     from torch.distributed.tensor import DTensor
 
     if not any(isinstance(weight, DTensor) for weight in model.parameters()):

@@ -6,12 +6,11 @@ from functools import partial
 
 import numpy as np
 import pytest
-import torch
+from openvino_runs import on_openvino
 from reference import model
 from tiny import prompts
 
 import specbeam
-from specbeam.runners import choose
 from specbeam.runners.host_beams import HostBeams
 
 backend = pytest.importorskip("specbeam.runners.openvino", reason="openvino is not installed")
@@ -26,7 +25,7 @@ ROWS = {"one row": (9,), "ragged": (5, 19, 12)}
 @pytest.fixture
 def on_host(monkeypatch):
     """Runs a model on OpenVINO, after it was run eagerly; the fronts that were read."""
-    made, fronts, right = [], [], HostBeams.read
+    fronts, right = [], HostBeams.read
 
     def read(beams, front):
         fronts.append(front)
@@ -34,17 +33,8 @@ def on_host(monkeypatch):
 
     monkeypatch.setattr(HostBeams, "read", read)
 
-    def use(target):
-        made.append(target)
-        assert specbeam.use_runner(target, "openvino") == "openvino"
-        return fronts
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield use
-    torch.set_num_threads(before)
-    for one in made:
-        choose.want_runner(one, "eager")
+    with on_openvino() as use:
+        yield lambda *models: use(*models) or fronts
 
 
 def answers(out) -> list[list[tuple]]:

@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from openvino_runs import on_openvino
 from reference import good_draft, model
 from test_chains import (
     ROWS,
@@ -23,7 +24,6 @@ from transformers import EncoderRepetitionPenaltyLogitsProcessor, LogitsProcesso
 import specbeam
 from specbeam.drafting.length import Length
 from specbeam.engine.support import adapt
-from specbeam.runners import choose
 from specbeam.runners.chains import Shape
 from specbeam.runners.host_chains import HostChains
 
@@ -33,7 +33,7 @@ backend = pytest.importorskip("specbeam.runners.openvino", reason="openvino is n
 @pytest.fixture
 def on_host(monkeypatch):
     """Runs models on OpenVINO, after what was run eagerly; how often a chain was read."""
-    made, reads, right = [], [], backend.StateSlots.read
+    reads, right = [], backend.StateSlots.read
 
     def read(slots, tokens, *others):
         reads.append(len(tokens[0]))
@@ -41,17 +41,8 @@ def on_host(monkeypatch):
 
     monkeypatch.setattr(backend.StateSlots, "read", read)
 
-    def use(*models):
-        made.extend(models)
-        assert [specbeam.use_runner(one, "openvino") for one in models] == ["openvino"] * len(models)
-        return reads
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield use
-    torch.set_num_threads(before)
-    for one in made:
-        choose.want_runner(one, "eager")
+    with on_openvino() as use:
+        yield lambda *models: use(*models) or reads
 
 
 def fell_back(caplog) -> list[str]:

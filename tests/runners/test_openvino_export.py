@@ -40,6 +40,7 @@ def of_products(model) -> list[str]:
 
 
 def logits(model, target) -> np.ndarray:
+    keep_narrow(model)
     compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"})
     ids = torch.stack(prompts((9, 9))).numpy()
     mask = np.where(np.tri(9, dtype=bool), 0.0, -1e38).astype(np.float32)[None, None].repeat(2, 0)

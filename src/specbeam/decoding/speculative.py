@@ -162,7 +162,7 @@ def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
             asked = proposal if proposal is not None and any(proposal.tokens) else None
             block = _block(last, asked, tree.device)
             logits, nodes = tree.extend(tips, block)
-            verified, width = batch.clock.mark(), block.tokens.shape[1] if shaped is None else shaped.wide
+            verified, width = batch.clock.mark(), block.tokens.shape[1]
             paths, following = _choose(request, batch, batch.live, logits, asked, settings.acceptance)
             tips = nodes if asked is None else nodes.pick(
                 torch.tensor([[path[-1] + 1 if path else 0] for path in paths], device=tree.device))
@@ -190,7 +190,7 @@ def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
             # What a drafter does behind a round (it learns, say) is time that plain rounds do not take.
             spans, ended = [(since, drafted), (drafted, verified), (since, end)], end
             length.round_done(proposal, paths, became, [batch.clock.seconds(*span) for span in spans],
-                              width, shaped is not None and shaped.changed)
+                              *((width, False) if shaped is None else (shaped.wide, shaped.changed)))
         if drafter is None:
             continue
         if proposal is not None:
@@ -234,7 +234,7 @@ def _recorded(batch: Batch, chains: Any, drafter: Any, limits: list[int], length
         proposal = Proposal([row[2 : 2 + n] for row, n in zip(answers, counts, strict=True)],
                             [list(range(-1, n - 1)) for n in counts], None, [drafter.name] * len(texts),
                             list(length.why), forwards=longest)
-    return (drafted, verified, chains.wide or longest + 1, proposal, [list(range(row[0])) for row in answers],
+    return (drafted, verified, longest + 1, proposal, [list(range(row[0])) for row in answers],
             [row[1] for row in answers])
 
 

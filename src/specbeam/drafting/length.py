@@ -36,7 +36,7 @@ from weakref import WeakKeyDictionary
 from specbeam.drafting import Proposal, Settings
 from specbeam.drafting.costs import Costs, Prices
 from specbeam.errors import InputError
-from specbeam.placement import agreed, alone
+from specbeam.placement import agreed
 
 UNKNOWN = 0.5  # the confidence of drafters that have none: they are judged by what was accepted so far
 _BUCKETS = 10
@@ -175,7 +175,7 @@ class Length:
         self.auto = settings.draft_length == "auto"
         self.threshold = settings.confidence_threshold
         self.fixed = not self.auto and not self.threshold
-        self.settings, self.looks_up, self.alone = settings, draft is None, alone()
+        self.settings, self.looks_up = settings, draft is None
         self.chains = settings.recordable(draft)
         self.last = Last.of([1] * rows, 1.0)
         self.reach = [1.0] * rows  # P(all proposed so far accepted), of the running round
@@ -338,7 +338,7 @@ class Length:
         if not self.auto or self.frozen:
             return
         costs, learned, rows = self.costs, self.learned, len(committed)
-        draft, verify, whole = seconds if self.alone else agreed(seconds, self.target)
+        draft, verify, whole = agreed(seconds, self.target)
         costs.forward(rows, new, changed, verify)
         costs.waited(proposal is not None, whole - draft - verify)
         if proposal is None:

@@ -108,7 +108,6 @@ class Chains:
     """The rows of one tree, each a chain, and what recorded functions carry from call to call."""
 
     ahead = 2  # steps that are begun before the first is seen
-    wide, changed = 0, False  # a recording's width costs nothing to change
 
     def __init__(self, tree: TokenTree, shape: Shape, reads: bool = False):
         """reads: the functions are told each time what is new in the texts (a draft's); else they know the last token

@@ -31,15 +31,6 @@ class HostChains:
         """Rows left or joined, or something else read into the tree."""
         self.texts: list[list[int]] | None = None
 
-    @property
-    def wide(self) -> int:
-        return self.tree.cache.kept
-
-    @property
-    def changed(self) -> bool:
-        """Whether they were not as many in the one before."""
-        return self.tree.cache.changed
-
     def read(self, tokens: Sequence[Sequence[int]], depth: Sequence[int], keep: Sequence[int] | None = None,
              exact: bool = False) -> np.ndarray:
         """Logits [rows, new, vocabulary] ([rows, 1, …] of the tokens `keep` [rows]) of tokens [rows, new] behind each

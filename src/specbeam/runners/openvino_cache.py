@@ -21,7 +21,7 @@ import transformers
 
 from specbeam.engine.runner import Adapter
 from specbeam.paths import from_user
-from specbeam.runners.openvino_export import compress, export, keep_narrow, narrow
+from specbeam.runners.openvino_export import compress, export, narrow
 
 _FORMAT = 3  # of what export makes: raise it when that changes
 
@@ -37,7 +37,7 @@ def load(adapter: Adapter, precision: str | None = None) -> ov.Model:
     folder = cache_folder() / f"openvino-{fingerprint(adapter, weights)}"
     if (folder / "model.xml").exists():
         try:
-            return _read(folder)
+            return ov.Core().read_model(folder / "model.xml")
         except RuntimeError:  # half a disk, or another version's file: convert again
             shutil.rmtree(folder, ignore_errors=True)
     started = time.perf_counter()
@@ -51,13 +51,7 @@ def load(adapter: Adapter, precision: str | None = None) -> ov.Model:
     logging.getLogger("specbeam").info(
         "%s converted for OpenVINO in %.0f s%s.", name, time.perf_counter() - started,
         f"; it is kept in {folder.parent}" if kept else " (not kept: the cache folder cannot be written)")
-    return _read(folder) if kept else model
-
-
-def _read(folder: Path) -> ov.Model:
-    model = ov.Core().read_model(folder / "model.xml")
-    keep_narrow(model)
-    return model
+    return ov.Core().read_model(folder / "model.xml") if kept else model
 
 
 def cache_folder() -> Path:

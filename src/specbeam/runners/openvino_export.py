@@ -181,27 +181,31 @@ def _joined(constants: Sequence[Any], axis: int = 0) -> Any:
     return Constant(tensor)
 
 
-def _weights(model: ov.Model) -> Iterator[tuple[Any, Any, Any]]:
-    """Of each product with a constant matrix: the product, where the matrix enters it, and the matrix."""
+def _factors(model: ov.Model) -> Iterator[tuple[Any, Any, Any]]:
+    """Of each product and what it multiplies: the product, where that enters it, and the node that it comes from."""
     for node in model.get_ordered_ops():
-        for port in node.inputs() if node.get_type_name() == "MatMul" else ():
-            source = port.get_source_output().get_node()
-            if source.get_type_name() == "Constant" and len(source.get_output_shape(0)) == 2:
-                yield node, port, source
+        if node.get_type_name() == "MatMul":
+            for port in node.inputs():
+                yield node, port, port.get_source_output().get_node()
+
+
+def _weights(model: ov.Model) -> list[tuple[Any, Any, Any]]:
+    """Those that are constant matrices."""
+    return [one for one in _factors(model) if one[2].get_type_name() == "Constant"
+            and len(one[2].get_output_shape(0)) == 2]
 
 
 def narrow(model: ov.Model) -> None:
     """fp32 weights of products that are 16-bit numbers, as those of most checkpoints are, in that type: half of the
     memory traffic, and what is computed is the same (products widen them as they read)."""
     known: dict[str, Any] = {}
-    for _, port, weight in list(_weights(model)):
+    for _, port, weight in _weights(model):
         name = weight.get_name()
         if name not in known:
             known[name] = _narrowed(weight)
         if known[name] is not None:
             port.replace_source_output(known[name].output(0))
     model.validate_nodes_and_infer_types()
-    keep_narrow(model)
 
 
 def _narrowed(weight: Any) -> Any:
@@ -218,23 +222,20 @@ def _narrowed(weight: Any) -> Any:
 
 
 def keep_narrow(model: ov.Model) -> bool:
-    """The CPU plugin would widen these weights once and for all, but for a mark that files do not keep. Returns whether
-    there are any."""
-    found = False
-    for node in model.get_ordered_ops():
-        for port in node.inputs() if node.get_type_name() == "MatMul" else ():
-            wide: Any = port.get_source_output().get_node()
-            if wide.get_type_name() != "Convert" or wide.get_output_element_type(0) != ov.Type.f32:
-                continue
-            if wide.input(0).get_source_output().get_node().get_type_name() == "Constant":
-                wide.get_rt_info()["decompression_0"], found = "", True
-    return found
+    """Before a model is compiled: the CPU plugin would widen these weights once and for all, but for a mark that files
+    do not keep. Returns whether there are any."""
+    widened = [node for _, _, node in _factors(model) if node.get_type_name() == "Convert"
+               and node.get_output_element_type(0) == ov.Type.f32
+               and node.input(0).get_source_output().get_node().get_type_name() == "Constant"]
+    for node in widened:
+        node.get_rt_info()["decompression_0"] = ""
+    return bool(widened)
 
 
 def compress(model: ov.Model) -> None:
     """Weights of products as int8 with one scale per output (symmetric): a quarter of the memory traffic, and another
     model than the one that was given."""
-    for node, port, source in list(_weights(model)):
+    for node, port, source in _weights(model):
         weight, kind = source.get_data(dtype=np.float32), source.get_output_element_type(0)
         axis = 1 if node.get_attributes()["transpose_b"] else 0
         scale = np.maximum(np.abs(weight).max(axis, keepdims=True), 1e-12) / 127
