@@ -145,12 +145,12 @@ class DraftModel:
         self.read, self.ahead, self.tips = [len(text) for text in sequences], [0] * len(new), None
         proposed: list[list[int]] = [[] for _ in new]
         sure: list[list[float]] = [[] for _ in new]
-        wanted, forwards, each = [limit > 0 for limit in limits], 1, np.arange(len(new))
+        wanted, forwards = [limit > 0 for limit in limits], 1
         for step in range(deepest):
             best = logits.argmax(-1)
             if not length.fixed:
-                scores = logits - logits[each, best, None]
-                largest = (1 / np.exp(scores, out=scores).sum(-1)).tolist()
+                scores = logits - np.maximum.reduce(logits, -1, keepdims=True)
+                largest = [1 / total for total in np.add.reduce(np.exp(scores, out=scores), -1).tolist()]
                 wanted = length.proposes(wanted, largest)
                 for row, confidence in enumerate(largest):
                     sure[row] += [confidence] * wanted[row]

@@ -58,25 +58,28 @@ class HostChains:
     def verify(self, proposed: Sequence[Sequence[int]], lengths: Sequence[int], texts: Sequence[list[int]],
                rule: Callable | None, uniform: Tensor | None, q: Tensor | None) -> Callable[[], list[list[int]]]:
         self.forget()
-        count, ids = len(proposed[0]), np.array(proposed, dtype=np.int64)
+        count = len(proposed[0])
         logits = self.read([[text[-1], *row] for text, row in zip(texts, proposed, strict=True)],
                            [len(text) - 1 for text in texts])
         if self.numbers:
-            best = logits.argmax(-1)
+            best = logits.argmax(-1).tolist()
         else:
             # Behind what is meant nothing is asked: a row's own text will do, which its processors know.
             scores = self._scores(logits, lambda row, node: [
-                *texts[row], *(ids[row, :node].tolist() if node <= lengths[row] else ())])
+                *texts[row], *(proposed[row][:node] if node <= lengths[row] else ())])
             if rule is not None:
                 q = q[:, :count] if q is not None and count else None
-                drawn = torch.from_numpy(ids)
+                drawn = torch.tensor(proposed, dtype=torch.long).view(len(texts), count)
                 found = rule(drawn, scores.softmax(-1), q, torch.tensor(lengths), uniform, invert)
                 return torch.cat([torch.stack(found, 1), drawn], 1).tolist
-            best = scores.argmax(-1).numpy()
-        right = (best[:, :count] == ids) & (np.arange(count) < np.array(lengths)[:, None])
-        accepted = right.cumprod(1).sum(1)
-        following = np.take_along_axis(best, accepted[:, None], 1)
-        return np.concatenate([accepted[:, None], following, ids], 1).tolist
+            best = scores.argmax(-1).tolist()
+        answers = []
+        for ids, tokens, most in zip(proposed, best, lengths, strict=True):  # in numpy it would take 90 µs
+            right = 0
+            while right < most and ids[right] == tokens[right]:
+                right += 1
+            answers.append([right, tokens[right], *ids])
+        return lambda: answers
 
     def _scores(self, logits: np.ndarray, path: Callable[[int, int], list[int]]) -> Tensor:
         return process(torch.from_numpy(logits.copy()), [self.shape.processors] * len(logits), path)

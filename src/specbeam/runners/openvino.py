@@ -13,6 +13,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from specbeam.runners.openvino_export import keep_narrow
 _HIDDEN = -1e38  # added to a score; finite (in bfloat16 too), as NaN comes of inf - inf
 _ADDED = np.array([_HIDDEN, 0.0], dtype=np.float32)  # by whether a token is seen
 _FEW, _WIDENS = 4, 5  # more tokens than this cost as much as that many more, if weights must be widened for them
+_ROOM, _MOST_KEPT = 2**16, 2**22  # numbers that an input may grow by where it lies, and beyond which it is given back
 _SLACK = 64  # dead positions that are left to lie, and beside them a quarter of what lives
 
 
@@ -53,6 +55,7 @@ class _Requests:
         for unread in [one for one in model.get_parameters() if not one.output(0).get_target_inputs()]:
             model.remove_parameter(unread)  # `near` of a model without a window
         self.widens = _WIDENS * keep_narrow(model)
+        self.vocabulary = model.output(0).get_partial_shape()[2].get_length()
         self.forget()
 
     def forget(self) -> None:
@@ -110,7 +113,7 @@ class StateSlots:
         self.plain = True  # position p holds slot p in every row, and nothing is dead
         self.held: dict[tuple[int, int, int], dict[str, tuple[np.ndarray, ov.Tensor]]] = {}  # inputs, by their sizes
         self.set: tuple[int, int, int] | None = None  # which of them the request has
-        self.masks: list[np.ndarray] = []
+        self.own = {name: _Sized(self.request, name) for name in ("mask", "near", "") if not name or name in self.inputs}
         self.rows = self.wide = 0  # of the last forward, and its tokens of a row
         self.changed = False  # whether the one before was of another size
         self._in_order(rows)
@@ -161,8 +164,7 @@ class StateSlots:
             self._compact()
         self._append(self.slots.numpy(), self._width(rows, new))
         wanted = {"mask": visible, "near": visible if near is None else near}
-        masks: dict[str, np.ndarray | None] = {
-            name: self._seen(one.numpy()) for name, one in wanted.items() if name in self.inputs}
+        masks = {name: self._seen(one.numpy()) for name, one in wanted.items() if name in self.inputs}
         kept = None if keep is None else keep.numpy()[:, None]
         logits = self._infer(tokens.numpy(), positions.numpy(), masks, kept)
         return torch.from_numpy(logits.copy())  # its memory is the next forward's too
@@ -182,18 +184,13 @@ class StateSlots:
                 start = self.length
         positions: Any = [[*range(first, first + new)] for first in depth]
         self._grow(positions, self._width(len(depth), new, exact))
-        masks: dict[str, np.ndarray | None] = {"mask": None}
-        if new > 1 or not self.plain:
-            seen = np.repeat(self.alive[:, None, : self.length], new, 1)
-            seen[:, :, start : start + new] = _below(new)
-            masks["mask"] = seen
-        masks["near"] = masks["mask"]
+        masks = dict.fromkeys(("mask", "near"), self.alive[:, None, : self.length])
         if window is not None and view > window:
-            near = self.owner[:, None, : self.length] > np.array(positions)[..., None] - window
-            masks["near"] = near if masks["mask"] is None else masks["mask"] & near
+            masks["near"] = masks["mask"] & (
+                self.owner[:, None, : self.length] > np.array(positions)[..., None] - window)
         if highest is not None:
             positions = np.minimum(positions, highest)
-        return self._infer(tokens, positions, masks, None if keep is None else [[place] for place in keep])
+        return self._infer(tokens, positions, masks, None if keep is None else [[place] for place in keep], start)
 
     def make_room(self, alive: np.ndarray, new: int) -> np.ndarray | None:
         """Drop dead positions if there are too many; alive: [rows, state and what comes next, `new` tokens]. Returns
@@ -214,9 +211,10 @@ class StateSlots:
         self._grow(positions, self._width(rows, new, exact=True))  # `make_room` counts them when it must
         return self._infer(tokens, positions, {"mask": seen, "near": near}, None)
 
-    def _infer(self, tokens: Any, positions: Any, masks: dict[str, np.ndarray | None], keep: Any) -> np.ndarray:
-        """tokens, positions: [rows, new]; masks: [rows, new, positions of the state] bool, None: all; keep: [rows,
-        kept], None: all."""
+    def _infer(self, tokens: Any, positions: Any, masks: dict[str, np.ndarray], keep: Any, chains: int = 0
+               ) -> np.ndarray:
+        """tokens, positions: [rows, new]; masks: [rows, new or 1, positions of the state] bool; keep: [rows, kept],
+        None: all. chains: where the new tokens begin, if none of them sees a later one whatever the masks say."""
         rows, new, wide = len(tokens), len(tokens[0]), self.wide
         key = (rows, wide, new if keep is None else 1)
         if key not in self.held:
@@ -230,25 +228,25 @@ class StateSlots:
         if self.set != key:
             for name, (_, tensor) in held.items():
                 self.request.set_tensor(name, tensor)
+            self.logits = self.own[""].shaped(rows, key[2], self.requests.vocabulary)
         if self.reordered:
             self.request.set_tensor("beam_idx", ov.Tensor(self.order, shared_memory=True))
-        self.set, self.reordered, self.masks = key, False, []
+        self.set, self.reordered = key, False
         for name, seen in masks.items():
             if name in self.inputs:
-                added = np.zeros((rows, 1, wide, self.length), dtype=np.float32)
-                if seen is not None:
-                    added[:, :, :new], added[:, :, new:] = _ADDED.take(seen.view(np.uint8))[:, None], _HIDDEN
-                self.masks.append(added)  # nobody else holds it
-                # As a tensor: an array OpenVINO's Python would look up, compare and wrap.
-                self.request.set_tensor(name, ov.Tensor(added, shared_memory=True))
+                added = self.own[name].shaped(rows, 1, wide, self.length)
+                added[:, :, :new], added[:, :, new:] = _ADDED.take(seen.view(np.uint8))[:, None], _HIDDEN
+                if chains and new > 1:
+                    both = added[:, :, :new, chains : chains + new]
+                    np.minimum(both, _below(new), out=both)
         try:
-            result = self.request.infer(share_outputs=True)
+            self.request.infer(share_outputs=True)
         except BaseException:
             self.requests.forget()
             raise
         if self.chosen:
             self._in_order(rows)
-        return result[0]
+        return self.logits
 
     def _width(self, rows: int, new: int, exact: bool = False) -> int:
         wide = self.requests.width(rows, new, exact)
@@ -314,6 +312,31 @@ class StateSlots:
         return order
 
 
+class _Sized:
+    """An fp32 input of a request, or (name "") its output, whose memory stays while its size changes: to make a
+    tensor, and to tell the request of it, takes ten times as long as to size one."""
+
+    def __init__(self, request: Any, name: str):
+        self.request, self.name, self.room = request, name, 0
+
+    def shaped(self, *shape: int) -> np.ndarray:
+        """Its numbers in this shape; they are what they happen to be."""
+        size = prod(shape)
+        made = size > self.room
+        if made:
+            self.room = size + _ROOM
+            self.tensor = ov.Tensor(ov.Type.f32, [self.room])
+            self.flat = self.tensor.data
+        self.tensor.shape = shape
+        if made and self.name:
+            self.request.set_tensor(self.name, self.tensor)
+        elif made:
+            self.request.set_output_tensor(self.tensor)
+        if self.room > _MOST_KEPT:
+            self.room = 0  # a prompt's mask: the next one is small again
+        return self.flat[:size].reshape(shape)
+
+
 @lru_cache(64)
 def _count(numbers: int) -> np.ndarray:
     return np.arange(numbers)
@@ -321,8 +344,8 @@ def _count(numbers: int) -> np.ndarray:
 
 @lru_cache(64)
 def _below(new: int) -> np.ndarray:
-    """Which tokens of a chain each one sees."""
-    return np.tri(new, dtype=bool)
+    """What is added to the scores of a chain's tokens: each one sees itself and those before it."""
+    return _ADDED[np.tri(new, dtype=np.int8)]
 
 
 def _tensor(bits: Tensor, kind: ov.Type) -> ov.Tensor:
