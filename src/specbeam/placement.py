@@ -57,18 +57,25 @@ def check_placed(name: str, model: Any) -> None:
         raise InputError(f"device_map puts the input embedding of '{name}' on disk: keep it on a device or the cpu.")
 
 
-def agreed(seconds: Sequence[float], model: Any) -> list[float]:
-    """The seconds that the first process measured, for a model that is split over several: each would decide by its
-    own clock, and then wait for the others for ever."""
-    import torch
+def is_split(model: Any) -> bool:
+    """Whether several processes hold a part of this model each."""
     from torch import distributed
 
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
-        return list(seconds)
+        return False
     from torch.distributed.tensor import DTensor
 
-    if not any(isinstance(weight, DTensor) for weight in model.parameters()):
+    return any(isinstance(weight, DTensor) for weight in model.parameters())
+
+
+def agreed(seconds: Sequence[float], model: Any) -> list[float]:
+    """The seconds that the first process measured, for a model that is split over several: each would decide by its
+    own clock, and then wait for the others for ever."""
+    if not is_split(model):
         return list(seconds)
+    import torch
+    from torch import distributed
+
     told = torch.tensor(seconds, dtype=torch.float64, device=model.device)
     distributed.broadcast(told, 0)
     return [float(value) for value in told]

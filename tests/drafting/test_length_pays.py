@@ -103,6 +103,6 @@ def test_a_slow_warm_up_is_forgotten():
 
 def test_the_harness_sees_an_auto_that_never_stops(monkeypatch):
     """The negative control."""
-    monkeypatch.setattr(Length, "_worth", lambda self, gains, cost: set(gains))
+    monkeypatch.setattr(Length, "_worth", lambda self, wanted, gains, cost: list(wanted))
     monkeypatch.setattr(Length, "idle", False)
     assert seconds(1, ["hard"] * 30, "auto") > seconds(1, ["hard"] * 30, 0) / 0.98

@@ -36,7 +36,7 @@ from weakref import WeakKeyDictionary
 from specbeam.drafting import Proposal, Settings
 from specbeam.drafting.costs import Costs, Prices
 from specbeam.errors import InputError
-from specbeam.placement import agreed
+from specbeam.placement import agreed, is_split
 
 UNKNOWN = 0.5  # the confidence of drafters that have none: they are judged by what was accepted so far
 _BUCKETS = 10
@@ -68,7 +68,8 @@ class Learned:
     left: int = 0  # of them
     trying: bool = False  # nothing was proposed since the last pause
     heard: int = 0  # rounds that were learned from
-    unheard: list[tuple[Proposal, Sequence[Sequence[int]]]] = field(default_factory=list)  # and what was kept of them
+    # Tokens, confidences (none: unknown) and what was kept of them.
+    unheard: list[tuple[list[list[int]], Any, Sequence[Sequence[int]]]] = field(default_factory=list)
 
     def copy(self) -> Learned:
         """A first guess for another size of context."""
@@ -77,7 +78,7 @@ class Learned:
 
     def judged(self, proposal: Proposal, paths: Sequence[Sequence[int]]) -> None:
         """The target kept these of each row's proposals. Learned from later: between forwards, caches are cold."""
-        self.unheard.append((replace(proposal, q=None), paths))
+        self.unheard.append((proposal.tokens, proposal.confidence, paths))
         if len(self.unheard) >= min(_TOGETHER, 1 + self.heard // 8):
             self.hear()
 
@@ -85,9 +86,9 @@ class Learned:
         """Learn from what was judged since the last time."""
         fades = _MEMORY ** len(self.unheard)
         self.tried, self.kept = ([fades * n for n in counts] for counts in (self.tried, self.kept))
-        for proposal, paths in self.unheard:
-            for row, (ids, path) in enumerate(zip(proposal.tokens, paths, strict=True)):
-                sure = proposal.confidence[row] if proposal.confidence else [UNKNOWN] * len(ids)
+        for tokens, confidences, paths in self.unheard:
+            for row, (ids, path) in enumerate(zip(tokens, paths, strict=True)):
+                sure = confidences[row] if confidences else [UNKNOWN] * len(ids)
                 for depth, confidence in enumerate(sure[: min(len(ids), len(path) + 1)]):  # not what was cut
                     self.learn(confidence, depth < len(path))
         self.heard += len(self.unheard)
@@ -159,10 +160,16 @@ class Last:
     def gain(self, committed: Sequence[int]) -> float:
         """What these tokens of each row are worth, in tokens of every row: how much sooner the last one ends, by
         heat · log Σ exp(tokens left / heat) before and after."""
+        alike = sum(committed) / len(committed)
+        if self.share == 1:
+            return alike
         late = [n / self.heat - log(one) for one, n in zip(self.chance, committed, strict=True) if one > 0]
         least = min(late)
         sooner = self.heat * (least - log(sum(exp(least - one) for one in late)))
-        return (1 - self.share) * sooner + self.share * sum(committed) / len(committed)
+        return (1 - self.share) * sooner + self.share * alike
+
+
+_ALONE = Last([1.0], 1.0, 1.0)
 
 
 class Length:
@@ -180,7 +187,8 @@ class Length:
         self.last = Last.of([1] * rows, 1.0)
         self.reach = [1.0] * rows  # P(all proposed so far accepted), of the running round
         self.why = [""] * rows
-        self.prices, self.frozen = Prices(), bool(settings.costs)
+        self.prices, self.frozen, self.split = Prices(), bool(settings.costs), is_split(target)
+        self.depths: tuple[Prices, list[tuple[int, float]]] | None = None  # where to end, and what that costs
         self.rest = 0  # plain rounds from here on that need no more thought
         self.wide = self.column = 0  # tokens of the target's last forward (0: any is as good), and proposed in this one
         if settings.costs:
@@ -214,11 +222,11 @@ class Length:
         else:
             if not self.frozen:
                 self.prices = self.costs.prices(len(most))
-                self.last = Last.of(left or most, self.prices.token if left else 1.0)
+                self.last = _ALONE if len(most) == 1 else Last.of(left or most, self.prices.token if left else 1.0)
                 if self.costs.few:
                     return [min(_CAUTIOUS, n) for n in most]
             deepest = self._deepest()
-            self._stop({row for row, n in enumerate(most) if n > deepest}, "not worth its time")
+            self._stop([True] * len(most), [n <= deepest for n in most], "not worth its time")
             return [min(deepest, n) for n in most]
         return [0] * len(most)
 
@@ -228,15 +236,19 @@ class Length:
         prices, chance, depth = self.prices, min(self.learned.usual, 0.999), self.settings.depth
         if not self.chains or self.settings.vocabulary != "same":
             return depth
-        ends = [place - 1 for place, price in prices.steps if 1 < place <= depth and price > _STEP]
+        if self.depths is None or self.depths[0] is not prices:
+            ends = [place - 1 for place, price in prices.steps if 1 < place <= depth and price > _STEP]
+            self.depths = prices, [(n, 1 + prices.first + n * (prices.token + prices.draft) + n * n * prices.bend
+                                    + sum(price for place, price in prices.steps if place <= n))
+                                   for n in [*ends, depth]]
+        grows = 0.0 if self.frozen else 2 * prices.change / _LASTS
 
-        def rate(n: int) -> float:
-            tokens = (1 - chance ** (n + 1)) / (1 - chance)
-            steps = sum(price for place, price in prices.steps if place <= n)
-            steps += 2 * prices.change / _LASTS * (n >= self.wide > 0 and not self.frozen)
-            return tokens / (1 + prices.first + n * (prices.token + prices.draft) + n * n * prices.bend + steps)
+        def rate(end: tuple[int, float]) -> float:
+            n, cost = end
+            return (1 - chance ** (n + 1)) / (1 - chance) / (cost + grows * (n >= self.wide > 0))
 
-        return max([*ends, depth], key=rate) if ends else depth
+        ends = self.depths[1]
+        return max(ends, key=rate)[0] if len(ends) > 1 else depth
 
     def rested(self, steps: Sequence[float], seconds: float) -> None:
         """Some of the `rest` were taken, as plain steps: seconds of each one's forward, and of them all."""
@@ -246,28 +258,29 @@ class Length:
             self.learned.left -= len(steps) - 1  # `limits` counted one
         beside = (seconds - sum(steps)) / len(steps)
         # The first may be of another width than the one before. The others tell of one moment together.
-        usual = agreed(steps[1:] or steps, self.target)
+        usual = self._agreed(steps[1:] or steps)
         for some in (usual[::2], usual[1::2]):
             if some:
                 self.costs.forward(len(self.why), 1, False, median(some))
-        self.costs.waited(False, agreed([beside], self.target)[0])
+        self.costs.waited(False, self._agreed([beside])[0])
         self.costs.unchecked = 0
+
+    def _agreed(self, seconds: Sequence[float]) -> Sequence[float]:
+        return agreed(seconds, self.target) if self.split else seconds
 
     def proposes(self, wanted: Sequence[bool], confidence: Sequence[float]) -> list[bool]:
         """Which of the `wanted` rows propose the token after their prefix, given the draft's largest probability
         there."""
-        rows = [row for row, here in enumerate(wanted) if here]
         if self.threshold:
-            kept = {row for row in rows if confidence[row] >= self.threshold}
-            self._stop(set(rows) - kept, "confidence")
-        elif self.auto:
-            for row in rows:
-                self.reach[row] *= self.learned.acceptance(confidence[row])
+            kept = [here and sure >= self.threshold for here, sure in zip(wanted, confidence, strict=True)]
+            return self._stop(wanted, kept, "confidence")
+        if self.auto:
+            for row, here in enumerate(wanted):
+                if here:
+                    self.reach[row] *= self.learned.acceptance(confidence[row])
             self.column += 1
-            kept = self._worth({row: self.reach[row] for row in rows}, self._price(self.column))
-        else:
-            return list(wanted)
-        return [row in kept for row in range(len(wanted))]
+            return self._worth(wanted, self.reach, self._price(self.column))
+        return list(wanted)
 
     def _price(self, column: int) -> float:
         """Of the target's reading a proposal's token at this place, the first is 1."""
@@ -282,24 +295,28 @@ class Length:
         """Which of the `wanted` rows another draft forward is worth its time for, before its outcome is known."""
         if not self.auto:
             return list(wanted)
-        gains = {row: self.reach[row] * self.learned.usual for row, here in enumerate(wanted) if here}
-        kept = self._worth(gains, self._price(self.column + 1) + self.prices.draft)
-        return [row in kept for row in range(len(wanted))]
+        gains = [reach * self.learned.usual for reach in self.reach]
+        return self._worth(wanted, gains, self._price(self.column + 1) + self.prices.draft)
 
-    def _worth(self, gains: dict[int, float], cost: float) -> set[int]:
-        """The rows for which one more token, of which gains[row] will be accepted, is worth what it costs all."""
+    def _worth(self, wanted: Sequence[bool], gains: Sequence[float], cost: float) -> list[bool]:
+        """The `wanted` rows for which one more token, of which gains[row] will be accepted, is worth what it costs
+        all."""
+        if not cost:
+            return list(wanted)
         least = max(1.0, self.prices.rate) * cost
         if self.frozen:  # every row by itself: the same in any batch
-            kept = {row for row, gain in gains.items() if gain >= least}
+            kept = [here and gain >= least for here, gain in zip(wanted, gains, strict=True)]
         else:
-            gain = sum(self.last.worth(row) * gain for row, gain in gains.items())
-            kept = set(gains) if gain >= least else set()
-        self._stop(set(gains) - kept, "not worth its time")
-        return kept
+            gain = sum([self.last.worth(row) * gains[row] for row, here in enumerate(wanted) if here])
+            kept = [here and gain >= least for here in wanted]
+        return self._stop(wanted, kept, "not worth its time")
 
-    def _stop(self, rows: set[int], why: str) -> None:
-        for row in rows:
-            self.why[row] = why
+    def _stop(self, wanted: Sequence[bool], kept: list[bool], why: str) -> list[bool]:
+        if wanted != kept:
+            for row, (before, after) in enumerate(zip(wanted, kept, strict=True)):
+                if before and not after:
+                    self.why[row] = why
+        return kept
 
     def trim(self, proposal: Proposal) -> Proposal:
         """Cut proposals that were not drawn to what pays: each of their tokens is a function of its prefix."""
@@ -318,12 +335,14 @@ class Length:
         # Best first: never above its parent's, so that the first few are always a tree.
         best = [sorted(range(len(row)), key=row.__getitem__, reverse=True) for row in chances]
         kept: list[list[int]] = [[] for _ in best]
-        rows = set(range(len(best)))
+        rows = [True] * len(best)
         for column in range(max(map(len, best))):
-            rows = self._worth({row: chances[row][best[row][column]] for row in rows if column < len(best[row])},
-                               self._price(column + 1))
-            for row in rows:
-                kept[row].append(best[row][column])
+            rows = [here and column < len(nodes) for here, nodes in zip(rows, best, strict=True)]
+            gains = [chances[row][best[row][column]] if here else 0.0 for row, here in enumerate(rows)]
+            rows = self._worth(rows, gains, self._price(column + 1))
+            for row, here in enumerate(rows):
+                if here:
+                    kept[row].append(best[row][column])
         tokens, parents = [], []
         for ids, above, nodes in zip(proposal.tokens, proposal.parents, map(sorted, kept), strict=True):
             place = {-1: -1} | {node: new for new, node in enumerate(nodes)}
@@ -338,7 +357,7 @@ class Length:
         if not self.auto or self.frozen:
             return
         costs, learned, rows = self.costs, self.learned, len(committed)
-        draft, verify, whole = agreed(seconds, self.target)
+        draft, verify, whole = self._agreed(seconds)
         costs.forward(rows, new, changed, verify)
         costs.waited(proposal is not None, whole - draft - verify)
         if proposal is None:
