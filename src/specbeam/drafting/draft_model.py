@@ -149,8 +149,8 @@ class DraftModel:
         for step in range(deepest):
             best = logits.argmax(-1)
             if not length.fixed:
-                scores = logits - np.maximum.reduce(logits, -1, keepdims=True)
-                largest = [1 / total for total in np.add.reduce(np.exp(scores, out=scores), -1).tolist()]
+                logits -= np.maximum.reduce(logits, -1, keepdims=True)  # in place: nobody looks at them again
+                largest = [1 / total for total in np.add.reduce(np.exp(logits, out=logits), -1).tolist()]
                 wanted = length.proposes(wanted, largest)
                 for row, confidence in enumerate(largest):
                     sure[row] += [confidence] * wanted[row]

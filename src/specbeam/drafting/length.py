@@ -247,8 +247,7 @@ class Length:
             n, cost = end
             return (1 - chance ** (n + 1)) / (1 - chance) / (cost + grows * (n >= self.wide > 0))
 
-        ends = self.depths[1]
-        return max(ends, key=rate)[0] if len(ends) > 1 else depth
+        return max(self.depths[1], key=rate)[0] if len(self.depths[1]) > 1 else depth
 
     def rested(self, steps: Sequence[float], seconds: float) -> None:
         """Some of the `rest` were taken, as plain steps: seconds of each one's forward, and of them all."""
