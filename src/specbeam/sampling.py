@@ -7,8 +7,9 @@ number from the row's own generator, so that a row's tokens depend on its seed a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import FloatTensor, LongTensor, Tensor
 from transformers import LogitsProcessorList
@@ -31,7 +32,7 @@ _LOWERS = (
     hf.PrefixConstrainedLogitsProcessor,
 )
 
-Path = Callable[[int, int], Sequence[int]]
+Path = Callable[[int, int], Sequence[int] | np.ndarray]
 
 
 def process(logits: Tensor, processors: Sequence[LogitsProcessorList], path: Path) -> Tensor:
@@ -49,14 +50,17 @@ def process(logits: Tensor, processors: Sequence[LogitsProcessorList], path: Pat
         none = torch.empty(scores.shape[0] * scores.shape[1], 0, dtype=torch.long, device=scores.device)
         return processors[0](cast(LongTensor, none), cast(FloatTensor, scores.flatten(0, 1))).view(scores.shape)
     done = torch.empty_like(scores)
-    together: dict[tuple[int, int], list[tuple[int, int, Sequence[int]]]] = {}  # one call each
+    together: dict[tuple[int, int], list[tuple[int, int, Any]]] = {}  # one call each
     for row, chosen in enumerate(processors):
         for node in range(scores.shape[1]):
             ids = path(row, node)
             together.setdefault((id(chosen), len(ids)), []).append((row, node, ids))
     for group in together.values():
         rows, nodes, paths = (list(column) for column in zip(*group, strict=True))
-        history = torch.tensor(paths, device=scores.device)
+        history = torch.from_numpy(np.array(paths)).to(scores.device)
+        if len(together) == 1:
+            same = scores.flatten(0, 1).clone()  # a processor may write into what it is given
+            return processors[0](cast(LongTensor, history), cast(FloatTensor, same)).view(scores.shape)
         done[rows, nodes] = processors[rows[0]](cast(LongTensor, history), cast(FloatTensor, scores[rows, nodes]))
     return done
 

@@ -113,6 +113,33 @@ def test_any_search_gives_the_hypotheses_of_generate(lengths, width, data, new, 
             eos_token_id=ends or None, length_penalty=penalty, early_stopping=early)
 
 
+@settings(derandomize=True, max_examples=40, deadline=None)
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4), width=st.integers(2, 5), seed=st.integers(0, 999),
+       new=st.integers(1, 14), penalty=st.sampled_from([0.0, 1.0, -1.5, 3.0]),
+       early=st.sampled_from([False, True, "never"]), ends=st.lists(st.integers(3, 99), max_size=20, unique=True),
+       stops=st.lists(st.integers(5, 90), max_size=6, unique=True), quarters=st.booleans(),
+       repetition=st.sampled_from([None, 0.7, 1.4]))
+def test_any_ends_stops_ties_and_histories_together_give_the_hypotheses_of_generate(
+        lengths, width, seed, new, penalty, early, ends, stops, quarters, repetition):
+    """With a search tree or without."""
+    tokenizer, rows = letters(), prompts(tuple(lengths), seed)
+    options = {"max_new_tokens": new, "eos_token_id": ends or None, "length_penalty": penalty, "early_stopping": early,
+               "repetition_penalty": repetition}
+    if stops:
+        options |= {"stop_strings": [tokenizer.decode([token]) for token in stops], "tokenizer": tokenizer}
+    if quarters:
+        options["logits_processor"] = LogitsProcessorList([Rounded()])
+    out = compare(model("llama", seed=seed % 3), rows, width, width, **options)
+    watched = beam_generate(model("llama", seed=seed % 3), rows, num_beams=width, num_return_sequences=width,
+                            trace=True, **options)
+    assert watched.hypotheses == out.hypotheses
+    for found, tree in zip(watched.hypotheses, watched.search, strict=True):
+        for number, one in enumerate(one for one in found if one.tokens):
+            path = [tree.steps[step].candidates[place] for step, place in tree.path(number)]
+            assert [candidate.token for candidate in path] == one.tokens
+            assert path[-1].finished_score == one.score
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
 def test_width_1_is_greedy_decoding(name):
     one = beam_generate(model(name), ROWS, num_beams=1, max_new_tokens=16)
@@ -249,8 +276,7 @@ def test_control_beams_that_follow_the_wrong_parent_are_seen(monkeypatch):
 
 def test_control_a_pool_that_takes_spare_candidates_is_seen(monkeypatch):
     """Only the first `num_beams` of a step's candidates may end."""
-    monkeypatch.setattr(beam_module, "_pool", mutated(
-        beam_module, "_pool", "reasons[: rule.num_beams]", "reasons"))
+    monkeypatch.setattr(beam_module, "_pools", mutated(beam_module, "_pools", "enters[:, width:] = False", "pass"))
     _worse(monkeypatch)
 
 

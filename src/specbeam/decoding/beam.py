@@ -26,6 +26,7 @@ from specbeam.decoding.rows import Batch, stops
 from specbeam.engine.support import adapt, check_lengths, evaluating
 from specbeam.engine.tree import leaves, read_prompts
 from specbeam.errors import InputError
+from specbeam.runners.chains import pinned
 from specbeam.runners.host_beams import beams_of
 from specbeam.sampling import process
 from specbeam.trace import GenerationOutput, Hypothesis
@@ -34,36 +35,81 @@ MOST_PENALTY = 100  # length_penalty, either way
 _NEVER = -1.0e9  # transformers' "no hypothesis here"; finite, so that it can be added and ranked
 
 
+class Past:
+    """What the beams of a row have said: the last step, and the past that it continues."""
+
+    __slots__ = ("before", "known", "origins", "tokens")
+
+    def __init__(self, before: Past | None, tokens: list[int], origins: list[int]):
+        """tokens: of each beam; origins: the beam of `before` that it continues. before None: nothing was said yet."""
+        self.before, self.tokens, self.origins = before, tokens, origins
+        self.known = None if before else np.empty((len(tokens), 0), dtype=np.int64)
+
+    def last(self, beam: int, steps: int) -> tuple[list[int], list[int]]:
+        """The last tokens of a beam, and the beams that these were continued from."""
+        tokens, origins, past = [0] * steps, [0] * steps, self
+        for step in reversed(range(steps)):
+            tokens[step], origins[step] = past.tokens[beam], past.origins[beam]
+            assert past.before is not None
+            beam, past = origins[step], past.before
+        return tokens, origins
+
+    def texts(self) -> np.ndarray:
+        """All tokens [beams, length], put together when they are asked for, from what was asked for last."""
+        steps, past = [], self
+        while past.known is None:
+            steps.append(past)
+            assert past.before is not None
+            past = past.before
+        known = past.known
+        for step in reversed(steps):
+            known = np.concatenate([known[step.origins], np.array(step.tokens)[:, None]], 1)
+        if past.before is not None:
+            past.known = None
+        self.known = known
+        return known
+
+
 class Finished(NamedTuple):
-    """A place of the finished pool; reason None: nobody's yet. score: with the length penalty."""
+    """A place of the finished pool; reason None: nobody's yet. score: with the length penalty. past: of one beam, of
+    this length."""
 
     score: float = _NEVER
-    tokens: list[int] = []  # noqa: RUF012 (never changed)
-    origins: list[int] = []  # noqa: RUF012
     reason: str | None = None
+    past: Past = Past(None, [0], [0])
+    length: int = 0
+
+    def hypothesis(self, first: int = 0) -> Hypothesis:
+        """first: the number of the search's beam 0."""
+        tokens, origins = self.past.last(0, self.length)
+        return Hypothesis(tokens, self.score, self.reason or "length", tuple([first + origin for origin in origins]))
 
 
-@dataclass(frozen=True)
-class Beams:
+class Beams(NamedTuple):
     """The search's state for one row: running beams and the finished pool, both ranked best first.
 
-    tokens: of each running beam. origins: the beam that each of these tokens was continued from. scores: summed
-    log-probabilities, each an fp32 number.
+    length: tokens that each beam has. scores: summed log-probabilities, each an fp32 number. tied: finished ones have
+    equal scores.
     """
 
-    tokens: list[list[int]]
-    origins: list[list[int]]
+    length: int
+    past: Past
     scores: list[float]
     finished: list[Finished]
+    tied: bool = False
+
+    @property
+    def tokens(self) -> list[list[int]]:
+        """Of each running beam."""
+        return self.past.texts().tolist()
 
     def front(self) -> tuple[list[int], list[int]]:
         """The last step: each running beam's token, and the beam of the step before that it continues."""
-        return [ids[-1] for ids in self.tokens], [path[-1] for path in self.origins]
+        return self.past.tokens, self.past.origins
 
     def hypotheses(self, count: int) -> list[Hypothesis]:
         """The best `count` of the finished pool."""
-        return [Hypothesis(one.tokens, one.score, one.reason or "length", tuple(one.origins))
-                for one in self.finished[:count]]
+        return [one.hypothesis() for one in self.finished[:count]]
 
 
 class State(Protocol):
@@ -87,7 +133,8 @@ class Ranked(NamedTuple):
 
     Of each candidate, best first: its token, the running beam it continues (origins), its summed log-probability, and
     what ends it (None: nothing). chosen: the candidates that run on, by beam (-1: none). pool: the finished pool after
-    the step, as places in the pool before it, or num_beams + a candidate (-1: empty); pool_scores: its scores.
+    the step, as places in the pool before it, or num_beams + a candidate (-1: empty); pool_scores: its scores. Nobody
+    but the tree asks for origins, pool and pool_scores: without `trace` they are empty.
     """
 
     tokens: list[list[int]]
@@ -156,8 +203,8 @@ def ranking(request: Request) -> Ranking:
 
 def start_beams(num_beams: int) -> Beams:
     """One empty beam that counts (else all would start with the same continuations), no finished hypothesis."""
-    none: list[list[int]] = [[] for _ in range(num_beams)]
-    return Beams(none, none, [0.0] + [_NEVER] * (num_beams - 1), [Finished()] * num_beams)
+    none = [0] * num_beams
+    return Beams(0, Past(None, none, none), [0.0] + [_NEVER] * (num_beams - 1), [Finished()] * num_beams)
 
 
 def step(beams: Sequence[Beams], log_probs: Tensor, rule: Ranking, request: Request, live: Sequence[int]
@@ -165,98 +212,112 @@ def step(beams: Sequence[Beams], log_probs: Tensor, rule: Ranking, request: Requ
     """One beam step. Returns the new states, whether each row's search is over, and what was ranked.
 
     log_probs: [rows, beams, vocabulary] fp32, processed; overwritten. live: the request's row behind each row. Ranking
-    is left to torch.topk on the same numbers as in transformers, so that ties end alike; the rest is a few numbers per
-    row.
+    is left to torch.topk on the same numbers as in transformers, so that ties end alike. A GPU waits for what happens
+    between its candidates and its next forward: all rows are looked at together.
     """
     width, vocabulary = log_probs.shape[1:]
     for row, number in zip(beams, live, strict=True):
         if request.rows[number].impossible:
-            for tokens, score in zip(row.tokens, row.scores, strict=True):
+            for text, score in zip(row.tokens, row.scores, strict=True):
                 if score > _NEVER / 2:  # what ended, or was not allowed, fills places that nobody else takes
-                    refuse_impossible(request.rows[number], tokens)
+                    refuse_impossible(request.rows[number], text)
             request.rows[number].impossible.clear()
-    before = torch.tensor([row.scores for row in beams], device=log_probs.device)
+    before = sent(np.array([row.scores for row in beams], dtype=np.float32), log_probs.device)
     best, index = rule.candidates(log_probs.add_(before[..., None]).flatten(1), rule.keep, live)
-    best = best.cpu()
-    found = [[divmod(place, vocabulary) for place in row] for row in index.tolist()]  # (origin, token)
-    reasons = [endings(row.tokens, candidates, request, number, log_probs.device)
-               for row, candidates, number in zip(beams, found, live, strict=True)]
+    best, index = best.to("cpu", non_blocking=True), index.cpu()  # both are here when the second is
+    found = index.tolist()
+    tokens = [[place % vocabulary for place in row] for row in found]
+    reasons = endings(tokens, lambda i: [beams[i].tokens[place // vocabulary] for place in found[i]],
+                      [row.length + 1 for row in beams], request, live, log_probs.device)
+    ends = [any(row) for row in reasons]
     # The best candidates that do not end run on.
-    ended = [[reason is not None for reason in row] for row in reasons]
-    scores, chosen = (best + torch.tensor(ended) * _NEVER if any(map(any, ended)) else best).topk(width)
-    pools = [_pool(row, best[i], why, rule) for i, (row, why) in enumerate(zip(beams, reasons, strict=True))]
-    after = [
-        Beams([[*row.tokens[candidates[j][0]], candidates[j][1]] for j in runs],
-              [[*row.origins[candidates[j][0]], candidates[j][0]] for j in runs], values,
-              [_finished(row, value, place, candidates, why) for value, place in zip(*pool, strict=True)] if pool
-              else row.finished)
-        for row, candidates, why, runs, values, pool in zip(
-            beams, found, reasons, chosen.tolist(), scores.tolist(), pools, strict=True)]
-    over = [all(why) or not _hopeful(row, rule, request.rows[number].max_new_tokens)
-            for row, why, number in zip(after, reasons, live, strict=True)]
-    ranked = Ranked(
-        [[token for _, token in row] for row in found], [[origin for origin, _ in row] for row in found],
-        best.tolist(), reasons, chosen.tolist(), [pool[1] if pool else list(range(width)) for pool in pools],
-        [[one.score for one in row.finished] for row in after])
+    ended = torch.tensor([[reason is not None for reason in row] for row in reasons]) if any(ends) else None
+    scores, chosen = (best if ended is None else best + ended * _NEVER).topk(width)
+    ranked = Ranked(tokens, [], best.tolist(), reasons, chosen.tolist(), [], [])
+    # transformers ranks the pool in every step, and topk does not leave equal scores in their order.
+    turned = [i for i, row in enumerate(beams) if ends[i] or row.tied]
+    pools = _pools(turned, beams, ranked, found, rule, vocabulary) if turned else {}
+    after = []
+    for i, (row, said, places, runs, values) in enumerate(zip(
+            beams, tokens, found, ranked.chosen, scores.tolist(), strict=True)):
+        past = Past(row.past, [said[j] for j in runs], [places[j] // vocabulary for j in runs])
+        after.append(Beams(row.length + 1, past, values, *(pools[i][1:] if i in pools else row[3:])))
+    over = [all(why) or not more for why, more in zip(reasons, _hopeful(after, rule, request, live), strict=True)]
+    if request.trace:
+        ranked = ranked._replace(
+            origins=[[place // vocabulary for place in row] for row in found],
+            pool=[pools[i][0] if i in pools else list(range(width)) for i in range(len(beams))],
+            pool_scores=[[one.score for one in row.finished] for row in after])
     return after, over, ranked
 
 
-def endings(tokens: Sequence[list[int]], candidates: Sequence[tuple[int, int]], request: Request, number: int,
-            device: torch.device) -> list[str | None]:
-    """What ends each candidate (the beam it continues, its token) of the request's row `number`; None: it runs on.
-    tokens: of the beams."""
-    most = request.rows[number].max_new_tokens
-    reasons: list[str | None] = ["length" if len(tokens[origin]) + 1 >= most else None for origin, _ in candidates]
-    if request.stopping:
-        reasons = ["stop" if stops(request, number, [*tokens[origin], token], device) else reason
-                   for (origin, token), reason in zip(candidates, reasons, strict=True)]
-    return ["eos" if token in request.eos else reason for (_, token), reason in zip(candidates, reasons, strict=True)]
+def sent(numbers: np.ndarray, device: torch.device) -> Tensor:
+    """The same on the device; nobody waits for them."""
+    return pinned(torch.from_numpy(numbers), device).to(device, non_blocking=True)
 
 
-def _pool(row: Beams, best: Tensor, reasons: Sequence[str | None], rule: Ranking
-          ) -> tuple[list[float], list[int]] | None:
-    """Scores and places (in the pool before, or num_beams + candidate) of the finished pool, now that candidates of
-    these scores ended for these reasons. None: it stays as it is."""
-    ends = [reason is not None for reason in reasons[: rule.num_beams]]  # the candidates behind are only spare
-    if not any(ends):
-        # transformers ranks the pool in every step, and topk does not leave equal scores in their order.
-        pooled = [one.score for one in row.finished if one.reason]
-        if len(set(pooled)) == len(pooled):
-            return None
-    enters = torch.tensor(ends + [False] * (len(reasons) - len(ends)))
-    score = best / (len(row.tokens[0]) + 1) ** rule.length_penalty + ~enters * _NEVER
-    values, places = torch.cat([torch.tensor([one.score for one in row.finished]), score]).topk(rule.num_beams)
-    return values.tolist(), places.tolist()
+def endings(tokens: Sequence[list[int]], continued: Callable[[int], list[list[int]]], lengths: Sequence[int],
+            request: Request, live: Sequence[int], device: torch.device) -> list[list[str | None]]:
+    """What ends each row's candidates; None: they run on. tokens: of the candidates; continued(row): the answers that
+    they continue; lengths: of each row's answers with a candidate."""
+    reasons: list[list[str | None]] = []
+    for i, (row, length, number) in enumerate(zip(tokens, lengths, live, strict=True)):
+        why: list[str | None] = ["length" if length >= request.rows[number].max_new_tokens else None] * len(row)
+        if request.stopping:
+            why = ["stop" if stops(request, number, [*text, token], device) else reason
+                   for text, token, reason in zip(continued(i), row, why, strict=True)]
+        if not request.eos.isdisjoint(row):
+            why = ["eos" if token in request.eos else reason for token, reason in zip(row, why, strict=True)]
+        reasons.append(why)
+    return reasons
 
 
-def _finished(row: Beams, score: float, place: int, candidates: Sequence[tuple[int, int]],
-              reasons: Sequence[str | None]) -> Finished:
-    """What stands in the new pool at this place of the old one and the candidates."""
-    width = len(row.finished)
-    if place < width:
-        return row.finished[place]
-    if score < _NEVER / 2:
-        return Finished()
-    origin, token = candidates[place - width]
-    return Finished(score, [*row.tokens[origin], token], [*row.origins[origin], origin], reasons[place - width])
+def _pools(turned: Sequence[int], beams: Sequence[Beams], ranked: Ranked, found: Sequence[list[int]], rule: Ranking,
+           vocabulary: int) -> dict[int, tuple[list[int], list[Finished], bool]]:
+    """The finished pools of some rows: their places (in the pool before, or num_beams + candidate), the hypotheses
+    there, and whether some of these have equal scores. found: the candidates' places in [beams × vocabulary]."""
+    width, pools = rule.num_beams, {}
+    enters = np.array([[reason is not None for reason in ranked.reasons[i]] for i in turned])
+    enters[:, width:] = False  # these are only spare
+    with np.errstate(all="ignore"):  # a penalty may be beyond fp32, in which scores are
+        by = np.array([[(beams[i].length + 1) ** rule.length_penalty] for i in turned], dtype=np.float32)
+        entering = np.array([ranked.scores[i] for i in turned], dtype=np.float32) / by + ~enters * np.float32(_NEVER)
+    standing = np.array([[one.score for one in beams[i].finished] for i in turned], dtype=np.float32)
+    values, places = torch.from_numpy(np.concatenate([standing, entering], 1)).topk(width)
+    for i, scores, row in zip(turned, values.tolist(), places.tolist(), strict=True):
+        pool = []
+        for score, place in zip(scores, row, strict=True):
+            if place < width:
+                pool.append(beams[i].finished[place])
+            elif score < _NEVER / 2:
+                pool.append(Finished())
+            else:
+                origin, token = divmod(found[i][place - width], vocabulary)
+                pool.append(Finished(score, ranked.reasons[i][place - width], Past(beams[i].past, [token], [origin]),
+                                     beams[i].length + 1))
+        pooled = [one.score for one in pool if one.reason]
+        pools[i] = row, pool, len(set(pooled)) < len(pooled)
+    return pools
 
 
-def _hopeful(row: Beams, rule: Ranking, limit: int) -> bool:
-    """Whether a running beam may still beat the worst of the pool (transformers' heuristic for the length it may
-    reach)."""
-    full = all(one.reason for one in row.finished)
-    if full and rule.early_stopping is True:
-        return False
-    reach = limit if rule.early_stopping == "never" and rule.length_penalty > 0 else len(row.tokens[0])
-    worst = min(one.score for one in row.finished)
-    with np.errstate(all="ignore"):  # a penalty may be beyond fp32, in which the pool's scores are
-        return float(np.float32(row.scores[0]) / np.float32(reach ** rule.length_penalty)) > worst
+def _hopeful(beams: Sequence[Beams], rule: Ranking, request: Request, live: Sequence[int]) -> list[bool]:
+    """Whether a running beam of each row may still beat the worst of the pool (transformers' heuristic for the length
+    it may reach)."""
+    far = rule.early_stopping == "never" and rule.length_penalty > 0
+    reach = [request.rows[number].max_new_tokens for number in live] if far else [row.length for row in beams]
+    with np.errstate(all="ignore"):
+        by = np.array([length ** rule.length_penalty for length in reach], dtype=np.float32)
+        hopeful = np.array([row.scores[0] for row in beams], dtype=np.float32) / by > np.array(
+            [row.finished[-1].score for row in beams], dtype=np.float32)
+    if rule.early_stopping is True:
+        hopeful &= [row.finished[-1].reason is None for row in beams]
+    return hopeful.tolist()
 
 
 def log_probabilities(logits: Tensor, beams: Sequence[Beams], request: Request, live: Sequence[int]) -> Tensor:
     """[rows, beams, vocabulary] fp32: normalised first, then processed, as transformers does for beams."""
     return process(logits.float().log_softmax(-1), [request.rows[row].processors for row in live],
-                   lambda i, beam: request.rows[live[i]].prompt + beams[i].tokens[beam])
+                   lambda i, beam: request.rows[live[i]].then(beams[i].past.texts()[beam]))
 
 
 def search_beams(target: PreTrainedModel, request: Request, rule: Ranking, count: int) -> GenerationOutput:
@@ -290,9 +351,10 @@ def search(target: PreTrainedModel, request: Request, states: Sequence[State], w
     while True:
         states, over, ranked = advance(states, logits, batch.live)
         batch.watch(ranked, batch.live)
+        end = batch.clock.mark()
         for i, row in enumerate(batch.live):
             if start is not None:
-                batch.round_done(row, start, [], 0, 1)
+                batch.round_done(row, start, [], 0, 1, end=end)
             if over[i]:
                 found[row] = states[i].hypotheses(count)
                 batch.finish(row, found[row][0], list(range(len(found[row][0].tokens))))
@@ -315,7 +377,7 @@ def search(target: PreTrainedModel, request: Request, states: Sequence[State], w
             logits = beams.read(front)
         else:
             # Surviving is gathering: each beam's new node hangs below the beam that it was continued from.
-            tokens, origins = torch.tensor(front, device=tree.device).unbind(1)
+            tokens, origins = sent(np.array(front), tree.device).unbind(1)
             tips = tips.pick(origins.clamp(max=tips.depth.shape[1] - 1))
             own = torch.arange(width, device=tree.device).expand(len(batch.live), -1)
             logits, tips = tree.extend(tips, leaves(tokens, own))

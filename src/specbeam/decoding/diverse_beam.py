@@ -34,14 +34,14 @@ class Groups:
     over: list[bool]
 
     def front(self) -> tuple[list[int], list[int]]:
-        fronts = [(group * len(one.tokens), one.front()) for group, one in enumerate(self.groups)]
+        fronts = [(group * len(one.scores), one.front()) for group, one in enumerate(self.groups)]
         return ([token for _, (tokens, _) in fronts for token in tokens],
                 [first + origin for first, (_, origins) in fronts for origin in origins])
 
     def hypotheses(self, count: int) -> list[Hypothesis]:
         """The best of all groups' pools; `beams` counts through the groups."""
-        size = len(self.groups[0].tokens)
-        found = [Hypothesis(one.tokens, one.score, one.reason, tuple(group * size + origin for origin in one.origins))
+        size = len(self.groups[0].scores)
+        found = [one.hypothesis(group * size)
                  for group, beams in enumerate(self.groups) for one in beams.finished if one.reason]
         return sorted(found, key=lambda one: -(one.score or 0.0))[:count]
 
@@ -60,7 +60,8 @@ def diverse_beam_generate(
     request = settle(target, input_ids, attention_mask, sampled=False, beams=(size, 1), searches=True, **options)
     rule = ranking(request)
 
-    def advance(states: list[Groups], logits: Tensor, live: list[int]) -> tuple[list[Groups], list[bool], Ranked]:
+    def advance(states: list[Groups], logits: Tensor, live: list[int]
+                ) -> tuple[list[Groups], list[bool], Ranked | None]:
         plain = logits.float().log_softmax(-1)
         taken = torch.zeros_like(plain[:, 0])  # [rows, vocabulary], how often at this step
         after, seen = [Groups([], []) for _ in states], []
@@ -68,7 +69,7 @@ def diverse_beam_generate(
             own = [state.groups[group] for state in states]
             penalised = plain[:, group * size : (group + 1) * size] - diversity_penalty * taken[:, None]
             log_probs = process(penalised, [request.rows[row].processors for row in live],
-                                lambda i, beam: request.rows[live[i]].prompt + own[i].tokens[beam])  # noqa: B023
+                                lambda i, beam: request.rows[live[i]].then(own[i].past.texts()[beam]))  # noqa: B023
             stepped, over, ranked = step(own, log_probs, rule, request, live)
             seen.append(ranked)
             for i, state in enumerate(states):
@@ -78,9 +79,10 @@ def diverse_beam_generate(
                 if not done:  # what its beams go on with, or would but for their length
                     tokens = [token for token, why in zip(ranked.tokens[i], ranked.reasons[i], strict=True)
                               if why in (None, "length")][:size]
-                    for token in tokens:
-                        taken[i, token] += 1
-        return after, [all(state.over) for state in after], _together(seen, [state.over for state in states], size)
+                    said = torch.tensor(tokens, dtype=torch.long, device=taken.device)
+                    taken[i].index_add_(0, said, taken.new_ones(len(tokens)))
+        together = _together(seen, [state.over for state in states], size) if request.trace else None
+        return after, [all(state.over) for state in after], together
 
     start = Groups([start_beams(size)] * num_beam_groups, [False] * num_beam_groups)
     with evaluating(target):

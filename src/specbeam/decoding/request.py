@@ -11,9 +11,10 @@ import copy
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
@@ -48,6 +49,14 @@ class Row:
     generator: torch.Generator
     padding: tuple[int, ...] = ()  # before the prompt, for the caller's own code alone
     impossible: set[tuple[int, ...]] = field(default_factory=set)  # texts that nothing may follow, of this round
+
+    @cached_property
+    def ids(self) -> np.ndarray:
+        return np.array(self.prompt)
+
+    def then(self, answer: np.ndarray) -> np.ndarray:
+        """The prompt and an answer to it."""
+        return np.concatenate([self.ids, answer])
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ def _search(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
 
         start = batch.clock.mark()
         # Behind the last token of an answer nothing is ever read.
-        room = [request.rows[row].max_new_tokens - len(state.tokens[0]) - 1
+        room = [request.rows[row].max_new_tokens - state.length - 1
                 for row, state in zip(batch.live, beams, strict=True)]
         depth = min(depths.choose(), max(room))
         limits = [min(depth, most) for most in room]
@@ -116,10 +116,10 @@ def _search(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
         plain = proposal is None and not any(row.logits for row in known)
         first = tips.depth.shape[1]
         if plain:  # a beam step of beam.py, at its price
-            last = [[[ids[-1] for ids in state.tokens], row.below] for row, state in zip(known, beams, strict=True)]
+            last = [[state.front()[0], row.below] for row, state in zip(known, beams, strict=True)]
             logits, tips = tree.extend(tips, leaves(*torch.tensor(last, device=tree.device).unbind(1)))
         else:
-            trees = [row.add([ids[-1] for ids in state.tokens], proposal, i, first)
+            trees = [row.add(state.front()[0], proposal, i, first)
                      for i, (row, state) in enumerate(zip(known, beams, strict=True))]
             logits, nodes = tree.extend(tips, branches(trees, tree.device))
         verified = batch.clock.mark()
@@ -185,7 +185,8 @@ def _replay(beams: Sequence[Beams], known: Sequence[Answered], rule: Ranking, ba
                       default=None) for i in active]
         after, ended, ranked = step(states, log_probs, rule, batch.request, live)
         taken = [n for n, bound in enumerate(bounds) if _certain(ranked, n, bound, rule, batch.request.trace)]
-        batch.watch(Ranked._make([column[n] for n in taken] for column in ranked), [live[n] for n in taken])
+        if batch.request.trace:
+            batch.watch(Ranked._make([column[n] for n in taken] for column in ranked), [live[n] for n in taken])
         still = []
         for n in taken:
             i = active[n]

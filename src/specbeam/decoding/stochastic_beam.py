@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specbeam.decoding.beam import Ranked, check_beams, endings, search
-from specbeam.decoding.request import Request, refuse_impossible, settle
+from specbeam.decoding.request import refuse_impossible, settle
 from specbeam.engine.support import evaluating
 from specbeam.errors import InputError
 from specbeam.sampling import gumbels, process
@@ -101,7 +101,7 @@ def stochastic_beam_generate(
                              "out, or use beam_generate.")
     request = settle(target, input_ids, attention_mask, sampled=True, seed=seed, searches=True, **options)
 
-    def advance(states: list[Draws], logits: Tensor, live: list[int]) -> tuple[list[Draws], list[bool], Ranked]:
+    def advance(states: list[Draws], logits: Tensor, live: list[int]) -> tuple[list[Draws], list[bool], Ranked | None]:
         scores = process(logits, [request.rows[row].processors for row in live],
                          lambda i, place: request.rows[live[i]].prompt + states[i].tokens[place])
         before = [torch.tensor([getattr(state, name) for state in states], dtype=torch.float64, device=scores.device)
@@ -122,10 +122,14 @@ def stochastic_beam_generate(
         perturbed[..., 0] = torch.where(runs, perturbed[..., 0], before[1])  # an ended answer stays
         values, index = perturbed.flatten(1).topk(min(num_beams + 1, perturbed[0].numel()))
         found = log_probs.flatten(1).gather(1, index).tolist()
-        after = [_kept(*row, request, scores) for row in zip(
-            states, index.tolist(), values.tolist(), found, live, strict=True)]
+        places = index.tolist()
+        pairs = [[divmod(place, scores.shape[-1]) for place in row[:num_beams]] for row in places]  # (origin, token)
+        ends = endings([[token for _, token in row] for row in pairs],
+                       lambda i: [states[i].tokens[origin] for origin, _ in pairs[i]],
+                       [1 + max(map(len, state.tokens)) for state in states], request, live, scores.device)
+        after = [_kept(*row) for row in zip(states, pairs, ends, values.tolist(), found, strict=True)]
         ranked = Ranked(*map(list, zip(*(_ranked(*row, scores.shape[-1]) for row in zip(
-            states, after, index.tolist(), found, strict=True)), strict=True)))
+            states, after, places, found, strict=True)), strict=True))) if request.trace else None
         return after, [not any(state.runs()) for state in after], ranked
 
     starts = []
@@ -166,12 +170,11 @@ def _ranked(state: Draws, after: Draws, index: list[int], log_probs: list[float]
     return (*map(list, columns), chosen, pool, after.log_probs)
 
 
-def _kept(state: Draws, index: list[int], perturbed: list[float], log_probs: list[float], number: int,
-          request: Request, scores: Tensor) -> Draws:
-    """The places after a step, of the best candidates: their place in [places × vocabulary], noisy and plain value."""
+def _kept(state: Draws, found: Sequence[tuple[int, int]], ends: Sequence[str | None], perturbed: list[float],
+          log_probs: list[float]) -> Draws:
+    """The places after a step, of the best candidates: the place each continues and its token, what ends it, noisy and
+    plain value."""
     most = len(state.tokens)
-    found = [divmod(place, scores.shape[-1]) for place in index[:most]]  # (origin, token)
-    ends = endings(state.tokens, found, request, number, scores.device)
     after = Draws([], [], [], perturbed[:most], [], max([state.threshold, *perturbed[most:]]))
     for (origin, token), why, score, noisy in zip(found, ends, log_probs, perturbed, strict=False):
         if state.reasons[origin] is not None:

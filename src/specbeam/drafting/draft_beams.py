@@ -131,9 +131,10 @@ class DraftBeams:
             tokens: list[int] = []
             parents: list[int] = []
             children = self.children[row]
-            for path, origins in zip(state.tokens, state.origins, strict=True):
-                node = self.ends[row][origins[self.seen[row]]]
-                for token in path[self.seen[row]:]:
+            for beam in range(self.num_beams):
+                path, origins = state.past.last(beam, state.length - self.seen[row])
+                node = self.ends[row][origins[0]]
+                for token in path:
                     above, node = node, children.get((node, token), -1)
                     if node < 0:
                         node = children[above, token] = have + len(tokens)
@@ -145,7 +146,7 @@ class DraftBeams:
                     parents.append(above - have if above >= have else -1 - above)
                 last.append(node - have)
             trees.append((tokens, parents))
-            self.ends[row], self.seen[row], self.children[row] = list(range(self.num_beams)), len(state.tokens[0]), {}
+            self.ends[row], self.seen[row], self.children[row] = list(range(self.num_beams)), state.length, {}
         logits, nodes = self.tree.extend(self.nodes, branches(trees, self.tree.device))
         index = torch.tensor(last, device=self.tree.device).view(len(beams), -1)
         self.nodes = nodes.pick(index)
