@@ -141,6 +141,28 @@ def test_the_next_step_begins_before_the_host_has_the_token(recorded, monkeypatc
                      ("begun", 4), ("seen", 3), ("seen", 4)]
 
 
+def test_the_next_proposal_begins_before_the_host_has_what_was_accepted(recorded, monkeypatch):
+    target, draft, given, order = model("llama"), good_draft("llama"), prompts((7, 5)), []
+    wanted = speculative(target, draft, given, max_new_tokens=24)
+    recorded(target, draft)
+
+    def watched(name, of):
+        call = getattr(of, name)
+
+        def instead(self, *args):
+            order.append(name)
+            found = call(self, *args)
+            return (lambda: (order.append("seen"), found())[1]) if name == "verify" else found
+
+        monkeypatch.setattr(of, name, instead)
+
+    for name in ("propose", "follow", "verify"):
+        watched(name, chains.Chains)
+    check_rounds(speculative(target, draft, given, max_new_tokens=24), wanted)
+    assert order[:7] == ["propose", "verify", "follow", "seen", "verify", "follow", "seen"]
+    assert order[-1] == "seen" and order.count("follow") > order.count("propose")  # which the ends of answers ask for
+
+
 def test_after_warming_up_nothing_is_recorded(recorded):
     """Other prompts, other lengths of the class, other acceptance, ends of answers: no new shape."""
     target, draft = model("llama"), good_draft("llama")

@@ -162,12 +162,12 @@ def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
             asked = proposal if proposal is not None and any(proposal.tokens) else None
             block = _block(last, asked, tree.device)
             logits, nodes = tree.extend(tips, block)
-            verified, width = batch.clock.mark(), block.tokens.shape[1]
+            verified, width, ahead = batch.clock.mark(), block.tokens.shape[1], None
             paths, following = _choose(request, batch, batch.live, logits, asked, settings.acceptance)
             tips = nodes if asked is None else nodes.pick(
                 torch.tensor([[path[-1] + 1 if path else 0] for path in paths], device=tree.device))
         else:
-            drafted, verified, width, proposal, paths, following = _recorded(
+            drafted, verified, ahead, width, proposal, paths, following = _recorded(
                 batch, chains, drafter, limits, length, settings.acceptance)
         batch.phases["draft"].append((start, drafted))
         batch.phases["verify"].append((drafted, verified))
@@ -181,11 +181,15 @@ def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
             count = batch.commit(row, [*(ids[node] for node in path), following[i]],
                                  ["draft" if name == "draft_model" else name] * len(path) + [last_source])
             became.append(count)
-            done.append((row, start, ids, min(len(path), count), count, parents, name, length.why[i]))
+            done.append((row, since if length.fixed else start, ids, min(len(path), count), count, parents, name,
+                         length.why[i]))
         end = batch.clock.mark()
+        if ahead is not None:  # the next round has begun there
+            ended = verified
+            batch.phases["draft"].append((verified, ahead))
         for facts in done:
-            batch.round_done(*facts, end=end)
-        batch.phases["accept"].append((verified, end))
+            batch.round_done(*facts, end=ended or end)
+        batch.phases["accept"].append((ahead or verified, end))
         if length.auto:
             # What a drafter does behind a round (it learns, say) is time that plain rounds do not take.
             spans, ended = [(since, drafted), (drafted, verified), (since, end)], end
@@ -201,9 +205,10 @@ def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
 
 
 def _recorded(batch: Batch, chains: Any, drafter: Any, limits: list[int], length: Length, acceptance: str) -> tuple[
-        Any, Any, int, Proposal | None, list[list[int]], list[int]]:
-    """A round of recorded functions: the host waits once, for what was accepted. Returns the marks behind drafting and
-    verifying, the tokens of a row that the target read, the proposal, and what `_choose` gives."""
+        Any, Any, Any, int, Proposal | None, list[list[int]], list[int]]:
+    """A round of recorded functions: the host waits once, for what was accepted, while the next proposal is on its way.
+    Returns the marks behind drafting, verifying and that proposal (None: there is none), the tokens of a row that the
+    target read, the proposal, and what `_choose` gives."""
     rows, device = [batch.request.rows[row] for row in batch.live], chains.tree.device
     texts = [batch.rows[row].sequence for row in batch.live]
     counts, q, begun, proposal = limits, None, None, None
@@ -227,14 +232,18 @@ def _recorded(batch: Batch, chains: Any, drafter: Any, limits: list[int], length
         uniform = uniforms([row.generator for row in rows], [n + 1 for n in counts], torch.device("cpu"))
         uniform = torch.nn.functional.pad(uniform, (0, longest + 1 - uniform.shape[1]))
     read = chains.verify(ids, counts, texts, rule, uniform, None if q is None else q.to(device))
-    verified, answers = batch.clock.mark(), read()
+    verified, ahead = batch.clock.mark(), None
+    if begun is not None and min(batch.rows[row].remaining for row in batch.live) > 2 * longest + 1:
+        drafter.follow(chains.unread, max(map(len, texts)) + longest + 1)
+        ahead = batch.clock.mark()
+    answers = read()
     if chains.shape.samples:
         refuse_nothing(any(token < 0 for row, n in zip(answers, counts, strict=True) for token in row[1 : 2 + n]))
     if begun is not None:
         proposal = Proposal([row[2 : 2 + n] for row, n in zip(answers, counts, strict=True)],
                             [list(range(-1, n - 1)) for n in counts], None, [drafter.name] * len(texts),
                             list(length.why), forwards=longest)
-    return (drafted, verified, longest + 1, proposal, [list(range(row[0])) for row in answers],
+    return (drafted, verified, ahead, longest + 1, proposal, [list(range(row[0])) for row in answers],
             [row[1] for row in answers])
 
 

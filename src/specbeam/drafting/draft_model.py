@@ -76,6 +76,8 @@ class DraftModel:
         self.tips: Tips | None = None  # None: each at the end of a chain of so many
         self.chains: Chains | HostChains | None = None  # when the whole proposal is one recording, or numbers only
         self.ahead: list[int] | None = None  # how many tokens of the last proposal each row read, when it was
+        self.followed: list[Tensor] | None = None  # a proposal that `follow` began
+        self.drawn: list[Tensor] = []  # the generators' states before it
         self._read(prompts)  # makes `nodes`: of the last proposal, the committed text, then the nodes that were read
         self.tips = self.nodes
         if shape.branching == (1,) * shape.depth and not shape.nodes and type(self) is DraftModel:
@@ -217,17 +219,35 @@ class DraftModel:
     def begin(self, sequences: Sequence[list[int]], limits: Sequence[int]) -> list[Tensor] | None:
         """In place of `propose`, where the runner records it: chains of full length [rows, depth] on their way, and
         what they were drawn from; None: not here."""
-        new = [text[n:] for text, n in zip(sequences, self.read, strict=True)]
-        if not isinstance(self.chains, Chains) or max(map(len, new)) > MOST_NEW:
+        if not isinstance(self.chains, Chains):
             return None
-        uniform, depth = None, self.shape.depth
-        if self.draws:
-            counts = [min(limit, depth) for limit in limits]
-            uniform = uniforms([row.generator for row in self.rows], counts, torch.device("cpu"))
-            uniform = torch.nn.functional.pad(uniform, (0, depth - uniform.shape[1]))
-        found = self.chains.propose(new, self.read, sequences, depth, self.vocabulary, self.known, uniform)
-        self.read, self.ahead = [len(text) for text in sequences], [depth - 1] * len(new)
+        depth, found = self.shape.depth, self.followed
+        if found is None:
+            new = [text[n:] for text, n in zip(sequences, self.read, strict=True)]
+            if max(map(len, new)) > MOST_NEW:
+                return None
+            found = self.chains.propose(new, self.read, sequences, depth, self.vocabulary, self.known,
+                                        self._uniforms([min(limit, depth) for limit in limits]))
+        self.followed = None
+        self.read, self.ahead = [len(text) for text in sequences], [depth - 1] * len(sequences)
         return found
+
+    def follow(self, unread: Tensor, longest: int) -> None:
+        """Begin what `begin` will give next, for rows that will all propose their whole length, from what a
+        verification left (Chains.unread), behind texts of at most so many tokens. It is dropped when rows leave or
+        join."""
+        assert isinstance(self.chains, Chains)
+        depth = self.shape.depth
+        self.drawn = [row.generator.get_state() for row in self.rows] if self.draws else []
+        self.followed = self.chains.follow(unread, longest + depth + 1, depth, self.vocabulary, self.known,
+                                           self._uniforms([depth] * len(self.rows)))
+
+    def _uniforms(self, counts: Sequence[int]) -> Tensor | None:
+        """What a whole proposal draws with, if it draws; each row takes as many numbers as it may propose."""
+        if not self.draws:
+            return None
+        uniform = uniforms([row.generator for row in self.rows], counts, torch.device("cpu"))
+        return torch.nn.functional.pad(uniform, (0, self.shape.depth - uniform.shape[1]))
 
     def accept(self, paths: Sequence[Sequence[int]]) -> None:
         if self.ahead is not None:
@@ -246,20 +266,24 @@ class DraftModel:
         """Nothing to learn from the target."""
 
     def keep_rows(self, rows: Sequence[int]) -> None:
+        self._forget()
         kept = self.tree.keep_rows(rows)
         self.tips = self.tips and self.tips.rows(kept)
         self.rows, self.read = [self.rows[i] for i in rows], [self.read[i] for i in rows]
-        self._forget()
 
     def join(self, more: DraftModel) -> None:
+        self._forget()
         self.tips = self.tree.join(self.tips or self.tree.tips(self.read), more.tree,
                                    more.tips or more.tree.tips(more.read))
         self.rows, self.read = self.rows + more.rows, self.read + more.read
-        self._forget()
 
     def _forget(self) -> None:
         if self.chains is not None:
             self.chains.forget()
+        if self.followed is not None:  # as if it had not drawn
+            for row, state in zip(self.rows, self.drawn, strict=False):
+                row.generator.set_state(state)
+            self.followed = None
 
     def _texts(self, sequences: Sequence[list[int]]) -> Sequence[list[int]]:
         """Committed texts in the draft's tokens."""

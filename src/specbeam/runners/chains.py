@@ -2,7 +2,8 @@
 
 With a runner that records (graph.py) one recording is: a plain step with its choice of the next token; a draft's whole
 proposal; a verification with the acceptance of what was proposed. Tokens, depths and, for a repetition penalty, the
-texts stay on the device from call to call.
+texts stay on the device from call to call. A draft's next proposal begins from the verification's answer there, before
+the host has seen it (`follow`).
 In a chain slot i holds position i: a row's length alone says which slots it sees, where it writes and at which
 positions, so that no mask is made outside. A proposal always has its full length, whatever a row may still use of it,
 so that the end of an answer is no new shape.
@@ -115,6 +116,7 @@ class Chains:
         self.tree, self.shape, self.reads = tree, shape, reads
         self.state: list[Tensor] | None = None  # None: made anew from the texts
         self.asked: list[Tensor] = []  # two pinned places of what the host proposed, in turn
+        self.unread: Tensor | None = None  # by a draft, behind the last verification: see _answer
 
     def forget(self) -> None:
         """Rows left or joined, or something else read into the tree."""
@@ -166,6 +168,12 @@ class Chains:
             ask(2)
         return ask(wide)
 
+    def follow(self, unread: Tensor, high: int, count: int, vocabulary: int, known: int, uniform: Tensor | None
+               ) -> list[Tensor]:
+        """`propose`, of what a target's verification left in its `unread`: nobody has seen it yet."""
+        return self.run(_propose, (count, vocabulary, known), (), high, unread.to(self.tree.device),
+                        None if uniform is None else pinned(uniform, self.tree.device))
+
     def verify(self, proposed: Tensor | Sequence[Sequence[int]], lengths: Sequence[int], texts: Sequence[list[int]],
                rule: Callable | None, uniform: Tensor | None, q: Tensor | None) -> Callable[[], list[list[int]]]:
         """Begin to check proposals [rows, count] (still on the host, or not), of which lengths[b] are meant; what it
@@ -182,6 +190,7 @@ class Chains:
             asked = self._asked(proposed, lengths)
         [answer] = self.run(_verify, (rule,), texts, max(map(len, texts)) + count, asked,
                             None if uniform is None else pinned(uniform, device), q)
+        self.unread = answer[:, -4:]
         return seen(answer)
 
     def _asked(self, proposed: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -263,9 +272,14 @@ def _accept(best: Tensor, last: Tensor, depth: Tensor, asked: Tensor) -> Tensor:
 
 
 def _answer(accepted: Tensor, following: Tensor, last: Tensor, depth: Tensor, proposed: Tensor) -> Tensor:
+    """[rows, count + 6]: what `verify` says; and what a draft, which read all it proposed but the last, has not read
+    of the text now: two tokens, how many of them it is, how many were read before."""
+    whole, end = (accepted == proposed.shape[1]).long(), torch.cat([last, proposed], 1)[:, -1]
     last.copy_(following[:, None])
     depth.add_(1 + accepted)
-    return torch.cat([accepted[:, None], following[:, None], proposed], 1)
+    first = torch.where(whole > 0, end, following)
+    return torch.cat([torch.stack([accepted, following], 1), proposed,
+                      torch.stack([first, following, 1 + whole, depth - whole], 1)], 1)
 
 
 def _read(adapter: Adapter, slots: Any, view: int, tokens: Tensor, depth: Tensor, plus: int = 0,

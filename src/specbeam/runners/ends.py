@@ -44,7 +44,7 @@ def _frame(depth, positions, visible, near, plus, window, view, step, NEW: tl.co
 def accept(best: Tensor, last: Tensor, depth: Tensor, asked: Tensor) -> Tensor:
     """What chains.py's `_accept` says, on a GPU."""
     rows, new = best.shape
-    answer = best.new_empty(rows, new + 1)
+    answer = best.new_empty(rows, new + 5)
     _accept[(rows,)](best, last, depth, asked, answer, NEW=new, BLOCK=triton.next_power_of_2(new), num_warps=1)
     return answer
 
@@ -52,16 +52,23 @@ def accept(best: Tensor, last: Tensor, depth: Tensor, asked: Tensor) -> Tensor:
 @triton.jit
 def _accept(best, last, depth, asked, answer, NEW: tl.constexpr, BLOCK: tl.constexpr):
     row, place = tl.program_id(0), tl.arange(0, BLOCK)
-    best, asked, answer = best + row * NEW, asked + row * NEW, answer + row * (NEW + 1)
+    best, asked, answer = best + row * NEW, asked + row * NEW, answer + row * (NEW + 5)
     proposed = tl.load(asked + place, mask=place < NEW - 1, other=-1)
     wrong = (proposed != tl.load(best + place, mask=place < NEW - 1, other=-2)) | (place >= tl.load(asked + NEW - 1))
     accepted = tl.min(tl.where(wrong, place, NEW - 1), 0)
-    following = tl.load(best + accepted)
+    following, whole = tl.load(best + accepted), (accepted == NEW - 1).to(tl.int64)
+    read = tl.load(depth + row) + 1 + accepted
+    end = tl.load(asked + NEW - 2) if NEW > 1 else tl.load(last + row)
     tl.store(last + row, following)
-    tl.store(depth + row, tl.load(depth + row) + 1 + accepted)
+    tl.store(depth + row, read)
     tl.store(answer, accepted.to(tl.int64))
     tl.store(answer + 1, following)
     tl.store(answer + 2 + place, proposed, mask=place < NEW - 1)
+    unread = answer + NEW + 1
+    tl.store(unread, tl.where(whole > 0, end, following))
+    tl.store(unread + 1, following)
+    tl.store(unread + 2, 1 + whole)
+    tl.store(unread + 3, read - whole)
 
 
 def largest(scores: Tensor, out: Tensor | None = None, depth: Tensor | None = None) -> Tensor:
