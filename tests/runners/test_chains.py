@@ -188,6 +188,23 @@ def test_without_warming_a_shape_is_recorded_the_third_time(recorded):
     assert record.recorded == before + 1
 
 
+@pytest.mark.parametrize("drafter", ["prompt_lookup", "draft_model"])
+def test_the_end_of_an_answer_is_no_new_shape(drafter, recorded):
+    """What is left of it would cut the last proposals, which lookups make shorter."""
+    target, draft = model("llama"), good_draft("llama")
+    [given] = prompts((9,))
+    text = torch.cat([given, torch.tensor(specbeam.greedy_generate(target, [given], max_new_tokens=40).tokens[0])])
+    call = partial(specbeam.speculative_generate, target, draft, [torch.cat([text, given])], drafter=drafter,
+                   draft_length=6)  # the answer stands in its prompt
+    wanted = [call(max_new_tokens=new).tokens for new in range(8, 22)]
+    record = recorded(target, draft)
+    with graph.warming():
+        call(max_new_tokens=40)
+    before = record.recorded
+    assert [call(max_new_tokens=new).tokens for new in range(8, 22) for _ in range(3)][::3] == wanted
+    assert record.recorded == before
+
+
 @pytest.mark.parametrize("options", [{"min_new_tokens": 5}, {"no_repeat_ngram_size": 3}, {"bad_words_ids": [[7]]}])
 def test_processors_that_count_or_remember_keep_the_ordinary_loop(options, recorded, monkeypatch):
     target, given = model("llama"), prompts((5, 9))

@@ -222,6 +222,8 @@ def _recorded(batch: Batch, chains: Any, drafter: Any, limits: list[int], length
     if begun is None:
         given = [[]] * len(texts) if proposal is None else proposal.tokens
         longest = max(map(len, given))
+        if length.fixed and q is None and longest == max(limits) and not chains.tree.adapter.runner.reads:
+            longest = length.settings.depth  # the end of an answer cut it: no new shape to record for that
         ids = [[*row, *[0] * (longest - len(row))] for row in given]
     else:
         ids, q = begun[0].to(device), begun[1] if len(begun) > 1 else None
