@@ -32,8 +32,12 @@ def test_the_first_of_the_largest(size):
 def test_the_largest_become_the_next_tokens_and_rows_are_one_deeper():
     scores, last, depth = torch.randn(3, 70).to(DEVICE), numbers(9, 3, 1), numbers(9, 3)
     before = depth.clone()
-    ends.largest(scores, last[:, 0], depth)
+    told = numbers(9, 4, 8)  # of a row more
+    wanted = told.clone()
+    ends.largest(scores, last[:, 0], depth, told)
     assert torch.equal(last[:, 0], scores.argmax(-1)) and torch.equal(depth, before + 1)
+    wanted[range(3), (depth % 8).tolist()] = last[:, 0]
+    assert torch.equal(told, wanted)
 
 
 @pytest.mark.parametrize("window", [None, 7])
@@ -51,5 +55,10 @@ def test_what_is_accepted(count):
     best, last, depth = numbers(2, 40, count + 1), numbers(9, 40, 1), numbers(9, 40)
     asked = torch.cat([numbers(2, 40, count), numbers(count + 2, 40, 1)], 1)
     mine, plain = (last.clone(), depth.clone()), (last.clone(), depth.clone())
-    assert torch.equal(ends.accept(best, *mine, asked), chains._accept(best, *plain, asked))
+    told = numbers(9, 41, 11)
+    before, wanted = told.clone(), chains._accept(best, *plain, asked)
+    assert torch.equal(ends.accept(best, *mine, asked, told), wanted)
     assert torch.equal(mine[0], plain[0]) and torch.equal(mine[1], plain[1])
+    if wanted.shape[1] <= told.shape[1]:
+        before[:40, : wanted.shape[1]] = wanted
+    assert torch.equal(told, before)

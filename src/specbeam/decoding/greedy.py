@@ -99,7 +99,7 @@ def step_ahead(batch: Batch, chains: Any, most: float = float("inf"), why: str =
     left = min(most, *(batch.rows[row].remaining for row in live))
     while begun or not ended:
         while not ended and len(begun) < chains.ahead and steps < left:
-            start, steps, uniform = batch.clock.mark(), steps + 1, None
+            start, steps, uniform = begun[-1][1] if begun else batch.clock.mark(), steps + 1, None
             if chains.shape.samples:
                 generators = [batch.request.rows[row].generator for row in live]
                 uniform = uniforms(generators, [1] * len(live), torch.device("cpu"))[:, 0]

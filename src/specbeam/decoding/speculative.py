@@ -98,7 +98,8 @@ def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
     if settings.recordable(draft):
         shape = shape_of(adapter, [row.processors for row in request.rows], bool(request.config.do_sample))
     new, start = list(batch.live), None  # rows whose prompts are unread
-    ended = None  # of the round before, if this one follows it
+    ended: Any = None  # of the round before, if this one follows it
+    ahead: Any = None  # behind its proposal, if that is on its way
     while True:
         if new:
             fresh, its, logits = read_prompts(adapter, [request.rows[row].prompt for row in new], capacity)
@@ -120,8 +121,8 @@ def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
                 tips = tree.join(tips, fresh, its)
                 if drafter is not None:
                     drafter.join(theirs)
-        start, stay = batch.clock.mark(), batch.retire()
-        since, ended = ended or start, None
+        start = ended if ended is not None and length.fixed and ahead is None else batch.clock.mark()
+        stay, since, ended = batch.retire(), ended or start, None
         new = batch.admit()
         if not batch.live:
             return batch.output(drafts=True)
@@ -184,8 +185,9 @@ def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
             done.append((row, since if length.fixed else start, ids, min(len(path), count), count, parents, name,
                          length.why[i]))
         end = batch.clock.mark()
-        if ahead is not None:  # the next round has begun there
-            ended = verified
+        if length.fixed:  # where its proposal is on its way, the next round has begun
+            ended = end if ahead is None else verified
+        if ahead is not None:
             batch.phases["draft"].append((verified, ahead))
         for facts in done:
             batch.round_done(*facts, end=ended or end)

@@ -26,7 +26,7 @@ from transformers.generation import logits_process as hf
 
 from specbeam.engine.runner import EAGER, Adapter
 from specbeam.engine.tree import TokenTree
-from specbeam.runners.graph import is_warming
+from specbeam.runners.graph import TOKENS, Slots, is_warming
 from specbeam.sampling import invert
 
 if TYPE_CHECKING:
@@ -144,11 +144,17 @@ class Chains:
         return out[carried:]
 
     def step(self, high: int, texts: Sequence[list[int]], uniform: Tensor | None) -> Callable[[], list[int]]:
-        """Begin a plain step; what it gives waits for its tokens. uniform: [rows] fp64, when it draws."""
+        """Begin a plain step; what it gives waits for its tokens. texts: without those of steps before that nobody has
+        seen (high: with them). uniform: [rows] fp64, when it draws."""
         self.run(_step, (), texts, high, None if uniform is None else pinned(uniform, self.tree.device))
         assert self.state is not None
-        read = seen(self.state[0])
-        return lambda: [token for [token] in read()]
+        slots: Slots = self.tree.cache.of
+        if not self._tells(slots) or self.tree.adapter.model.dtype == torch.float64:
+            read = seen(self.state[0])
+            return lambda: [token for [token] in read()]
+        read, steps = seen(self.state[0], slots.tokens), high + 1 - max(map(len, texts))
+        places = [(len(text) - 1 + steps) % TOKENS for text in texts]
+        return lambda: [row[place] for row, place in zip(read(), places, strict=False)]
 
     def propose(self, new: Sequence[Sequence[int]], read: Sequence[int], texts: Sequence[list[int]], count: int,
                 vocabulary: int, known: int, uniform: Tensor | None) -> list[Tensor]:
@@ -190,8 +196,14 @@ class Chains:
             asked = self._asked(proposed, lengths)
         [answer] = self.run(_verify, (rule,), texts, max(map(len, texts)) + count, asked,
                             None if uniform is None else pinned(uniform, device), q)
-        self.unread = answer[:, -4:]
+        self.unread, slots = answer[:, -4:], self.tree.cache.of
+        if self._tells(slots) and answer.shape[1] <= slots.answers.shape[1]:
+            return seen(answer, slots.answers[: len(answer), : answer.shape[1]])
         return seen(answer)
+
+    def _tells(self, slots: Slots) -> bool:
+        """Whether what is new was written to the host's memory by the function itself: a copy behind it takes 10 µs."""
+        return slots.tokens is not None and not self.shape.samples and _own and find_spec("triton") is not None
 
     def _asked(self, proposed: Tensor, lengths: Sequence[int]) -> Tensor:
         """Proposals and their lengths behind them, where a copy to the device begins at once: no verification begins
@@ -210,9 +222,10 @@ def pinned(values: Tensor, device: torch.device) -> Tensor:
     return values.pin_memory() if device.type == "cuda" and not values.is_cuda else values
 
 
-def seen(values: Tensor) -> Callable[[], list[Any]]:
-    """Begin to copy to the host; what it gives waits for that, and for nothing that is begun later."""
-    copied = values.to("cpu", non_blocking=True, copy=True)
+def seen(values: Tensor, told: Tensor | None = None) -> Callable[[], list[Any]]:
+    """Begin to copy to the host; what it gives waits for that, and for nothing that is begun later. told: where they
+    will be then without a copy."""
+    copied = values.to("cpu", non_blocking=True, copy=True) if told is None else told
     if not values.is_cuda:
         return copied.tolist
     event = torch.cuda.Event()
@@ -238,14 +251,16 @@ def _by_ours(name: str, plain: Callable[..., Any], x: Tensor, *args: Any) -> Any
     return plain(x, *args)
 
 
-def largest(scores: Tensor, out: Tensor | None = None, depth: Tensor | None = None) -> Tensor:
-    """The first of the largest, along the last dimension. out: where they go; depth: what grows by one then."""
+def largest(scores: Tensor, out: Tensor | None = None, depth: Tensor | None = None, told: Tensor | None = None
+            ) -> Tensor:
+    """The first of the largest, along the last dimension. out: where they go; depth: what grows by one then; told: of
+    ends.py."""
     if scores.dtype == torch.float64:
         return _largest(scores, out, depth)
-    return _by_ours("largest", _largest, scores, out, depth)
+    return _by_ours("largest", _largest, scores, out, depth, told)
 
 
-def _largest(scores: Tensor, out: Tensor | None, depth: Tensor | None) -> Tensor:
+def _largest(scores: Tensor, out: Tensor | None, depth: Tensor | None, told: Tensor | None = None) -> Tensor:
     found = scores.argmax(-1)
     if depth is not None:
         depth.add_(1)
@@ -262,7 +277,7 @@ def _frame(depth: Tensor, plus: int, new: int, view: int, window: int | None) ->
     return positions, visible, None if window is None else visible & (places > positions[..., None] - window)
 
 
-def _accept(best: Tensor, last: Tensor, depth: Tensor, asked: Tensor) -> Tensor:
+def _accept(best: Tensor, last: Tensor, depth: Tensor, asked: Tensor, told: Tensor | None = None) -> Tensor:
     """What of the proposals `asked` [rows, count + 1] (their lengths at the end) are the tokens `best` [rows,
     count + 1]: the answer of a verification; last and depth become the next ones."""
     proposed, count = asked[:, :-1], asked.shape[1] - 1
@@ -309,7 +324,7 @@ def _step(adapter: Adapter, slots: Any, view: int, shape: Shape, last: Tensor, d
         last.copy_(invert(scores.softmax(-1), more[-1])[:, None])
         depth.add_(1)
     else:
-        largest(scores, last[:, 0], depth)
+        largest(scores, last[:, 0], depth, slots.tokens)
     return last, depth, *texts
 
 
@@ -355,5 +370,5 @@ def _verify(adapter: Adapter, slots: Any, view: int, shape: Shape, rule: Any, la
         accepted, following = rule(proposed.clamp(min=0), scores.softmax(-1), q, lengths, uniform, invert)
         answer = _answer(accepted, following, last, depth, proposed)
     else:
-        answer = _by_ours("accept", _accept, largest(scores), last, depth, asked)
+        answer = _by_ours("accept", _accept, largest(scores), last, depth, asked, slots.answers)
     return last, depth, *texts, answer

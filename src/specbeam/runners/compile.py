@@ -125,6 +125,8 @@ class Layers:
 
     def _compiled(self, args: Any, options: dict[str, Any]) -> Callable[..., Any]:
         hidden = next((one for one in (*args, *options.values()) if isinstance(one, Tensor)), None)
+        if hidden is not None and not hidden.is_floating_point():  # an embedding's tokens: nothing worth tuning
+            return self.more if hidden.numel() > fuse.MOST_TOKENS else self.few
         if hidden is None or hidden.numel() > fuse.MOST_TOKENS * hidden.shape[-1]:
             return self.more
         return self.one if hidden.numel() == hidden.shape[-1] else self.few
@@ -203,11 +205,12 @@ def _compiling(adapter: Adapter) -> Iterator[None]:
 
 
 def _beside(model: Any) -> list[Any]:
-    """What stands beside the layers and is worth compiling: the rotary embedding, the last norm."""
+    """What stands beside the layers and is worth compiling: embeddings (what comes behind them then begins earlier),
+    also the rotary one, and the last norm."""
     home = next(part for part in model.get_decoder().modules()
                 if any(isinstance(child, nn.ModuleList) and child[0] is _layers(model)[0] for child in part.children()))
-    return [part for part in home.children()
-            if not isinstance(part, nn.ModuleList | nn.Embedding | nn.Linear | nn.Dropout)]
+    return [part for part in home.children() if type(part) is nn.Embedding or hasattr(part, "embed_scale")
+            or not isinstance(part, nn.ModuleList | nn.Embedding | nn.Linear | nn.Dropout)]
 
 
 def _layers(model: Any) -> list[Any]:

@@ -26,6 +26,7 @@ from specbeam.engine.runner import EAGER, Adapter, Runner
 
 RECORD = ("graph", "compile")  # runners that do
 MOST_NEW = 64  # tokens a row of a function that is recorded; more are a prompt
+TOKENS, _ANSWER = 8, 32  # the host can read so many tokens of a row, and an answer of that size, without a copy
 _NARROWEST = 256
 _MOST_GRAPHS = 128  # of one set of slots
 _IDLE, _IDLE_BYTES = 8, 2**33  # sets of slots that a runner keeps for the next batch, and what they may hold
@@ -146,6 +147,9 @@ class Slots(SlotCache):
         super().__init__(rows, capacity, device, strict)
         self.count, self.number = rows, 0  # the eldest are taken first: batches alike then find the same ones
         self.graphs: dict[tuple, Kept] = {}
+        # Written by kernels (ends.py) on a GPU: each row's last tokens, as a ring; what the last verification said.
+        self.tokens, self.answers = (torch.zeros(rows, wide, dtype=torch.long, pin_memory=True) if device.type == "cuda"
+                                     else None for wide in (TOKENS, _ANSWER))
 
     def size(self) -> int:
         """Bytes of keys and values."""
