@@ -109,7 +109,7 @@ def decode(world: World, answers: list[Answer], gamma: int | str, pair: tuple[Mo
                 drafting, proposal = propose(world, live, limits, length)
                 counts = [len(ids) for ids in proposal.tokens]
             verify = world.target(len(live), max(counts) + 1)
-            beside = world.noisy(0.03 + (0.04 + 0.02 * max(counts)) * length.auto)
+            beside = world.noisy(0.03 + (0.02 + 0.02 * length.asks) * length.auto)
             right = [min(n, answer.chains[at - 1][1]) for n, (answer, at) in zip(counts, live, strict=True)]
             seconds = [drafting, verify, drafting + verify + beside]
             clock += seconds[2]
@@ -126,7 +126,8 @@ def propose(world: World, live: list[tuple[Answer, int]], limits: list[int], len
     counts, sure, wanted, forwards = [0] * len(live), [[] for _ in live], [n > 0 for n in limits], 1
     seconds = world.draft(len(live), first=True)
     for step in range(max(limits)):
-        if not length.fixed:
+        if length.asks:
+            seconds += world.noisy(0.06)
             largest = [answer.chains[at - 1][0][step] for answer, at in live]
             wanted = length.proposes(wanted, largest)
             for row, confidence in enumerate(largest):

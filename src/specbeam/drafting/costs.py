@@ -24,6 +24,8 @@ from typing import Any
 
 import numpy as np
 
+from specbeam.drafting.asking import Asking
+
 _HALF_LIFE = 128  # measurements (of any shape) after which one counts half; at twice that age a new one replaces it
 _OTHER = 1.4  # times the usual seconds is another machine, if it lasts
 _TRUST = 3  # measurements of one shape that count as much as the fit
@@ -74,6 +76,7 @@ class Costs:
     gained: deque[tuple[float, float]] = field(default_factory=_recent)  # tokens per row, plain rounds it took
     unchecked: int = 0  # rounds with proposals since the last plain one
     check: int = _CHECK  # when they are that many
+    asking: Asking = field(default_factory=Asking)
     count: int = 0  # of all measurements that were heard
     unheard: list[tuple[bool, tuple[int, ...], float]] = field(default_factory=list)  # of the target, shape, seconds
     worked_out: dict[tuple, Any] = field(default_factory=dict)  # it takes half a millisecond, in caches that are cold

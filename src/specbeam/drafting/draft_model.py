@@ -108,7 +108,7 @@ class DraftModel:
             drawn = torch.cat(tokens, 1).tolist() if tokens and processed else [[] for _ in sequences]
             paths = self._paths(sequences, drawn, [parents] * rows, [above] * rows)
             scores = self._scores(logits, paths)
-            if not length.fixed:  # to stop is decided before a token is drawn, by its prefix alone
+            if length.asks:  # to stop is decided before a token is drawn, by its prefix alone
                 largest = scores[:, 0].softmax(-1).amax(-1).tolist()
                 wanted = length.proposes(wanted, largest)
                 for row, confidence in enumerate(largest):
@@ -150,7 +150,7 @@ class DraftModel:
         wanted, forwards = [limit > 0 for limit in limits], 1
         for step in range(deepest):
             best = logits.argmax(-1)
-            if not length.fixed:
+            if length.asks:
                 logits -= np.maximum.reduce(logits, -1, keepdims=True)  # in place: nobody looks at them again
                 largest = [1 / total for total in np.add.reduce(np.exp(logits, out=logits), -1).tolist()]
                 wanted = length.proposes(wanted, largest)

@@ -68,7 +68,7 @@ class Learned:
     left: int = 0  # of them
     trying: bool = False  # nothing was proposed since the last pause
     heard: int = 0  # rounds that were learned from
-    # Tokens, confidences (none: unknown) and what was kept of them.
+    # Tokens, confidences (none: unknown; None each: not asked for) and what was kept of them.
     unheard: list[tuple[list[list[int]], Any, Sequence[Sequence[int]]]] = field(default_factory=list)
 
     def copy(self) -> Learned:
@@ -76,9 +76,10 @@ class Learned:
         tried, kept = ([count / 4 for count in counts] for counts in (self.tried, self.kept))
         return replace(self, tried=tried, kept=kept, unheard=[])
 
-    def judged(self, proposal: Proposal, paths: Sequence[Sequence[int]]) -> None:
+    def judged(self, proposal: Proposal, paths: Sequence[Sequence[int]], asked: bool = True) -> None:
         """The target kept these of each row's proposals. Learned from later: between forwards, caches are cold."""
-        self.unheard.append((proposal.tokens, proposal.confidence, paths))
+        sure = proposal.confidence if asked else [[None] * len(ids) for ids in proposal.tokens]
+        self.unheard.append((proposal.tokens, sure, paths))
         if len(self.unheard) >= min(_TOGETHER, 1 + self.heard // 8):
             self.hear()
 
@@ -99,10 +100,11 @@ class Learned:
         place = min(int(confidence * _BUCKETS), _BUCKETS - 1)
         return (self.kept[place] + 2 * confidence) / (self.tried[place] + 2)
 
-    def learn(self, confidence: float, accepted: bool) -> None:
-        place = min(int(confidence * _BUCKETS), _BUCKETS - 1)
-        self.tried[place] += 1
-        self.kept[place] += accepted
+    def learn(self, confidence: float | None, accepted: bool) -> None:
+        if confidence is not None:
+            place = min(int(confidence * _BUCKETS), _BUCKETS - 1)
+            self.tried[place] += 1
+            self.kept[place] += accepted
         self.usual += _LATELY * (accepted - self.usual)
 
     def paid(self, net: float, rows: int) -> None:
@@ -182,6 +184,7 @@ class Length:
         self.auto = settings.draft_length == "auto"
         self.threshold = settings.confidence_threshold
         self.fixed = not self.auto and not self.threshold
+        self.asks = not self.fixed  # in this round, how sure the draft is
         self.settings, self.looks_up = settings, draft is None
         self.chains = settings.recordable(draft)
         self.last = Last.of([1] * rows, 1.0)
@@ -190,6 +193,7 @@ class Length:
         self.prices, self.frozen, self.split = Prices(), bool(settings.costs), is_split(target)
         self.depths: tuple[Prices, list[tuple[int, float]]] | None = None  # where to end, and what that costs
         self.rest = 0  # plain rounds from here on that need no more thought
+        self.full, self.spared = 0, 0.0  # if a round is like the last one: its depth; plain rounds that asking spared
         self.wide = self.column = 0  # tokens of the target's last forward (0: any is as good), and proposed in this one
         if settings.costs:
             self.learned, self.prices = read_costs(settings.costs)
@@ -207,7 +211,7 @@ class Length:
     def limits(self, most: Sequence[int], left: Sequence[int] = ()) -> list[int]:
         """How deep each row may propose in this round; 0: decode plainly. left: tokens that each row may still have,
         where the batch ends with the last of them; else none."""
-        self.rest = self.column = 0
+        self.rest, self.column, self.full, self.spared, self.asks = 0, 0, 0, 0.0, not self.fixed
         self.reach, self.why = [1.0] * len(most), ["length" if n == self.settings.depth else "end of answer"
                                                   for n in most]
         if not self.auto:
@@ -226,9 +230,17 @@ class Length:
                 if self.costs.few:
                     return [min(_CAUTIOUS, n) for n in most]
             deepest = self._deepest()
+            if len(most) == 1 and deepest <= min(most[0], self.wide - 1) and self._steady(deepest):
+                self.full, self.asks = deepest, self.costs.asking.next()
             self._stop([True] * len(most), [n <= deepest for n in most], "not worth its time")
             return [min(deepest, n) for n in most]
         return [0] * len(most)
+
+    def _steady(self, deepest: int) -> bool:
+        """Whether a draft model's proposals pay up to a step in the target's costs, so that one round is like the next.
+        """
+        return (self.depths is not None and deepest < self.settings.depth and not self.frozen
+                and self.settings.drafter == "draft_model" and self.learned.credit >= _MOST_CREDIT / 2)
 
     def _deepest(self) -> int:
         """How deep proposals go: up to where the target's next tokens cost a step more, unless it pays to go on. Of
@@ -292,10 +304,13 @@ class Length:
 
     def reads_on(self, wanted: Sequence[bool]) -> list[bool]:
         """Which of the `wanted` rows another draft forward is worth its time for, before its outcome is known."""
-        if not self.auto:
+        if not self.auto or not self.asks:
             return list(wanted)
-        gains = [reach * self.learned.usual for reach in self.reach]
-        return self._worth(wanted, gains, self._price(self.column + 1) + self.prices.draft)
+        usual, cost = self.learned.usual, self._price(self.column + 1) + self.prices.draft
+        kept = self._worth(wanted, [reach * usual for reach in self.reach], cost)
+        if self.full > self.column and not kept[0]:
+            self.spared = sum(cost - self.reach[0] * usual**n for n in range(1, self.full - self.column + 1))
+        return kept
 
     def _worth(self, wanted: Sequence[bool], gains: Sequence[float], cost: float) -> list[bool]:
         """The `wanted` rows for which one more token, of which gains[row] will be accepted, is worth what it costs
@@ -320,6 +335,8 @@ class Length:
     def trim(self, proposal: Proposal) -> Proposal:
         """Cut proposals that were not drawn to what pays: each of their tokens is a function of its prefix."""
         if not self.auto or proposal.q is not None or not any(proposal.tokens):
+            return proposal
+        if not self.asks:
             return proposal
         if self.column and self.settings.drafter != "combined" and self.settings.vocabulary == "same" and (
                 proposal.chained):  # `proposes` was asked for each of them
@@ -358,16 +375,19 @@ class Length:
         costs, learned, rows = self.costs, self.learned, len(committed)
         draft, verify, whole = self._agreed(seconds)
         costs.forward(rows, new, changed, verify)
-        costs.waited(proposal is not None, whole - draft - verify)
+        if self.asks:
+            costs.waited(proposal is not None, whole - draft - verify)
         if proposal is None:
             if new == 1 and not changed:  # a runner may have kept another width
                 costs.unchecked = 0
             return
         costs.unchecked += 1
         steps = proposal.forwards or int(self.looks_up)  # looking something up is a step too
-        if steps:
+        if steps and self.asks:
             costs.drafted(rows, steps, draft)
-        learned.judged(proposal, paths)
+        learned.judged(proposal, paths, self.asks)
+        if new == self.full + 1 and not changed:
+            costs.asking.took(self.asks, whole, len(proposal.tokens[0]) == self.full, self.spared * costs.plain(rows))
         tokens = sum(committed) / rows
         took = costs.usual(rows, steps, new, changed and self.wide > 1)  # a try is not charged for its beginning
         if any(proposal.tokens):

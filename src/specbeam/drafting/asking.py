@@ -1,0 +1,47 @@
+"""Whether `auto` asks a draft, in each round, how sure it is of its tokens.
+
+Asking takes a pass over the draft's logits on the host before each next step (of a small model's step a tenth), and
+spares steps that would most likely be in vain. Both are measured: the seconds of rounds of one shape with and without,
+and what was spared. Where asking costs more than it spares, most rounds go without, as long as usual.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from statistics import median
+
+_ENOUGH = 5  # measurements of each kind
+_OFTEN, _SELDOM = 16, 4  # every so many rounds one of the other kind: without asking, and, to go on learning, with
+_LATELY = 1 / 16  # weight of the newest round in what was spared
+
+
+@dataclass
+class Asking:
+    seconds: dict[bool, deque[float]] = field(default_factory=lambda: {  # of whole rounds that proposed all they might
+        asked: deque(maxlen=15) for asked in (False, True)})
+    spared: float = 0.0  # seconds a round, of late
+    pays: bool = True
+    rounds: int = 0  # since the last one of the other kind
+
+    @property
+    def known(self) -> bool:
+        return min(map(len, self.seconds.values())) >= _ENOUGH
+
+    def next(self) -> bool:
+        """Whether the coming round asks."""
+        self.rounds += 1
+        if self.rounds < ((_OFTEN if self.pays else _SELDOM) if self.known else 2):
+            return self.pays
+        self.rounds = 0
+        return not self.pays
+
+    def took(self, asked: bool, seconds: float, whole: bool, spared: float) -> None:
+        """A round took so long; whole: it proposed all it might; else, asked, it spared so many seconds, less what the
+        tokens that were not proposed would have brought."""
+        if whole:
+            self.seconds[asked].append(seconds)
+        if asked:
+            self.spared += _LATELY * (spared - self.spared)
+            if self.known:
+                self.pays = median(self.seconds[True]) - median(self.seconds[False]) <= self.spared
