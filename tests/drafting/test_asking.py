@@ -14,7 +14,7 @@ def rounds(asking: Asking, count: int, costs: float, spares: float) -> list[bool
     """Which of so many rounds asked; a round takes a second, and another `costs` if it asks."""
     found = []
     for _ in range(count):
-        found.append(asking.next())
+        found.append(asking.next(3))
         asking.took(found[-1], 1.0 + costs * found[-1], True, spares)
     return found
 
@@ -29,6 +29,23 @@ def test_most_rounds_are_of_the_kind_that_is_cheaper(costs, spares, most):
     rounds(asking, 40, costs, spares)
     asked = sum(rounds(asking, 80, costs, spares)) / 80
     assert most - 0.1 < asked <= most
+
+
+def test_where_asking_always_stops_early_it_goes_on():
+    asking, asked = Asking(), 0
+    for _ in range(160):
+        asks = asking.next(3)
+        asking.took(asks, 1.0, not asks, 0.1 * asks)
+        asked += asks
+    assert asked > 140
+
+
+def test_another_depth_is_measured_anew():
+    asking = Asking()
+    rounds(asking, 40, 0.1, 0.0)
+    assert not asking.pays
+    asking.next(4)
+    assert asking.pays and not any(asking.seconds.values())
 
 
 def test_rounds_that_stopped_early_say_nothing_of_the_seconds():
@@ -65,7 +82,7 @@ def test_a_round_that_does_not_ask_proposes_the_usual_depth(chosen):
 
 
 @pytest.mark.parametrize("change", [
-    lambda chosen: setattr(chosen, "wide", 3), lambda chosen: setattr(chosen, "wide", 0),
+    lambda chosen: setattr(chosen, "wide", 3), lambda chosen: setattr(chosen, "wide", 9),
     lambda chosen: setattr(chosen.learned, "credit", 1.0), lambda chosen: setattr(chosen, "chains", False),
     lambda chosen: setattr(chosen, "frozen", True)])
 def test_it_asks_where_one_round_is_not_like_the_next(chosen, change):
@@ -98,4 +115,13 @@ def test_what_asking_spared_is_the_price_of_steps_less_what_they_would_have_brou
     chance = chosen.reach[0]
     assert chosen.reads_on([True]) == [chance * 0.5 >= chosen.prices.draft]
     if chance * 0.5 < chosen.prices.draft:
-        assert chosen.spared == pytest.approx(2 * chosen.prices.draft - chance * (0.5 + 0.25))
+        rate = max(1.0, chosen.prices.rate)
+        assert chosen.spared == pytest.approx(2 * chosen.prices.draft - chance * (0.5 + 0.25) / rate)
+
+
+def test_rounds_that_are_not_alike_are_not_measured(chosen):
+    chosen.limits([8, 8])
+    assert chosen.full == 0
+    nothing = Proposal([[]], [[]], None, ["draft_model"], [""], [[]], forwards=1)
+    chosen.round_done(nothing, [[]], [1], [0.1, 1.0, 1.1], 1)
+    assert not any(chosen.costs.asking.seconds.values())

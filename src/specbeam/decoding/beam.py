@@ -307,8 +307,8 @@ def _hopeful(beams: Sequence[Beams], rule: Ranking, request: Request, live: Sequ
     reach = [request.rows[number].max_new_tokens for number in live] if far else [row.length for row in beams]
     with np.errstate(all="ignore"):
         by = np.array([length ** rule.length_penalty for length in reach], dtype=np.float32)
-        hopeful = np.array([row.scores[0] for row in beams], dtype=np.float32) / by > np.array(
-            [row.finished[-1].score for row in beams], dtype=np.float32)
+        worst = np.array([[one.score for one in row.finished] for row in beams], dtype=np.float32).min(1)  # NaN wins
+        hopeful = np.array([row.scores[0] for row in beams], dtype=np.float32) / by > worst
     if rule.early_stopping is True:
         hopeful &= [row.finished[-1].reason is None for row in beams]
     return hopeful.tolist()

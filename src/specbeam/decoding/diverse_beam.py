@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specbeam.decoding.beam import Beams, Ranked, check_beams, ranking, search, start_beams, step
+from specbeam.decoding.beam import Beams, Finished, Ranked, check_beams, ranking, search, start_beams, step
 from specbeam.decoding.request import settle
 from specbeam.engine.support import evaluating
 from specbeam.errors import InputError
@@ -43,7 +43,8 @@ class Groups:
         size = len(self.groups[0].scores)
         found = [one.hypothesis(group * size)
                  for group, beams in enumerate(self.groups) for one in beams.finished if one.reason]
-        return sorted(found, key=lambda one: -(one.score or 0.0))[:count]
+        found = sorted(found, key=lambda one: -(one.score or 0.0))[:count]
+        return found + [Finished().hypothesis()] * (count - len(found))  # as beam search, where nothing may follow
 
 
 def diverse_beam_generate(

@@ -20,18 +20,20 @@ _LATELY = 1 / 16  # weight of the newest round in what was spared
 class Asking:
     seconds: dict[bool, deque[float]] = field(default_factory=lambda: {  # of whole rounds that proposed all they might
         asked: deque(maxlen=15) for asked in (False, True)})
+    depth: int = 0  # that these rounds had
     spared: float = 0.0  # seconds a round, of late
     pays: bool = True
     rounds: int = 0  # since the last one of the other kind
 
-    @property
-    def known(self) -> bool:
-        return min(map(len, self.seconds.values())) >= _ENOUGH
-
-    def next(self) -> bool:
-        """Whether the coming round asks."""
+    def next(self, depth: int) -> bool:
+        """Whether the coming round asks; depth: what it proposes at most."""
+        if depth != self.depth:
+            self.depth, self.pays = depth, True
+            for some in self.seconds.values():
+                some.clear()
         self.rounds += 1
-        if self.rounds < ((_OFTEN if self.pays else _SELDOM) if self.known else 2):
+        turn = 2 if len(self.seconds[not self.pays]) < _ENOUGH else _OFTEN if self.pays else _SELDOM
+        if self.rounds < turn:
             return self.pays
         self.rounds = 0
         return not self.pays
@@ -43,5 +45,5 @@ class Asking:
             self.seconds[asked].append(seconds)
         if asked:
             self.spared += _LATELY * (spared - self.spared)
-            if self.known:
+            if min(map(len, self.seconds.values())) >= _ENOUGH:
                 self.pays = median(self.seconds[True]) - median(self.seconds[False]) <= self.spared

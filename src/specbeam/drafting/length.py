@@ -230,8 +230,8 @@ class Length:
                 if self.costs.few:
                     return [min(_CAUTIOUS, n) for n in most]
             deepest = self._deepest()
-            if len(most) == 1 and deepest <= min(most[0], self.wide - 1) and self._steady(deepest):
-                self.full, self.asks = deepest, self.costs.asking.next()
+            if len(most) == 1 and most[0] >= deepest == self.wide - 1 and self._steady(deepest):
+                self.full, self.asks = deepest, self.costs.asking.next(deepest)
             self._stop([True] * len(most), [n <= deepest for n in most], "not worth its time")
             return [min(deepest, n) for n in most]
         return [0] * len(most)
@@ -309,7 +309,8 @@ class Length:
         usual, cost = self.learned.usual, self._price(self.column + 1) + self.prices.draft
         kept = self._worth(wanted, [reach * usual for reach in self.reach], cost)
         if self.full > self.column and not kept[0]:
-            self.spared = sum(cost - self.reach[0] * usual**n for n in range(1, self.full - self.column + 1))
+            brings = self.reach[0] / max(1.0, self.prices.rate)
+            self.spared = sum(cost - brings * usual**n for n in range(1, self.full - self.column + 1))
         return kept
 
     def _worth(self, wanted: Sequence[bool], gains: Sequence[float], cost: float) -> list[bool]:
@@ -386,7 +387,7 @@ class Length:
         if steps and self.asks:
             costs.drafted(rows, steps, draft)
         learned.judged(proposal, paths, self.asks)
-        if new == self.full + 1 and not changed:
+        if self.full and new == self.full + 1 and not changed:
             costs.asking.took(self.asks, whole, len(proposal.tokens[0]) == self.full, self.spared * costs.plain(rows))
         tokens = sum(committed) / rows
         took = costs.usual(rows, steps, new, changed and self.wide > 1)  # a try is not charged for its beginning

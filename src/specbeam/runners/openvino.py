@@ -31,6 +31,7 @@ _HIDDEN = -1e38  # added to a score; finite (in bfloat16 too), as NaN comes of i
 _ADDED = np.array([_HIDDEN, 0.0], dtype=np.float32)  # by whether a token is seen
 _FEW, _WIDENS = 4, 5  # more tokens than this cost as much as that many more, if weights must be widened for them
 _ROOM, _MOST_KEPT = 2**16, 2**22  # numbers that an input may grow by where it lies, and beyond which it is given back
+_MOST_NEW = 64  # tokens of a chain whose mask is worth keeping
 _SLACK = 64  # dead positions that are left to lie, and beside them a quarter of what lives
 
 
@@ -263,8 +264,8 @@ class StateSlots:
         self._grow(positions, self._width(rows, new, exact=True))  # `make_room` counts them when it must
         return self._infer(tokens, positions, {"mask": seen, "near": near}, None)
 
-    def _infer(self, tokens: Any, positions: Any, masks: dict[str, np.ndarray], keep: Any, chains: int = 0
-               ) -> np.ndarray:
+    def _infer(self, tokens: Any, positions: Any, masks: dict[str, np.ndarray], keep: Any,
+               chains: int | None = None) -> np.ndarray:
         """tokens, positions: [rows, new]; masks: [rows, new or 1, positions of the state] bool; keep: [rows, kept],
         None: all. chains: where the new tokens begin, if none of them sees a later one whatever the masks say."""
         new = len(tokens[0])
@@ -273,7 +274,7 @@ class StateSlots:
             added = self.own[name].shaped(len(tokens), 1, self.wide, self.length)
             added[:, :, :new] = _ADDED.take(masks[name].view(np.uint8))[:, None]
             added[:, :, new:] = _HIDDEN
-            if chains and new > 1:
+            if chains is not None and new > 1:
                 both = added[:, :, :new, chains : chains + new]
                 np.minimum(both, _below(new), out=both)
         return self._run()
@@ -429,9 +430,13 @@ def _count(numbers: int) -> np.ndarray:
     return np.arange(numbers)
 
 
-@lru_cache(64)
 def _below(new: int) -> np.ndarray:
     """What is added to the scores of a chain's tokens: each one sees itself and those before it."""
+    return _short_below(new) if new <= _MOST_NEW else _ADDED[np.tri(new, dtype=np.int8)]
+
+
+@lru_cache(_MOST_NEW)
+def _short_below(new: int) -> np.ndarray:
     return _ADDED[np.tri(new, dtype=np.int8)]
 
 
