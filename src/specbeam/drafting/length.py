@@ -17,6 +17,7 @@ until it is needed.
 Too little credit stops by bad luck what gains a tenth; too much is lost where texts change (docs/log.md, 2026-11-29).
 What was learned stays with the pair of models, from prompt to prompt; `costs` freezes it in a file.
 
+Where one round is like the next, it may not ask for confidences at all (asking.py).
 The confidence is the draft's largest probability *before* anything is drawn: to stop or not is a function of the
 prefix, and a drawn token is never dropped for what it is. (Dropping it would bias the output.)
 """
