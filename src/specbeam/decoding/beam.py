@@ -26,7 +26,7 @@ from specbeam.decoding.rows import Batch, stops
 from specbeam.engine.support import adapt, check_lengths, evaluating
 from specbeam.engine.tree import leaves, read_prompts
 from specbeam.errors import InputError
-from specbeam.runners.chains import pinned
+from specbeam.runners.chains import sent
 from specbeam.runners.host_beams import beams_of
 from specbeam.sampling import process
 from specbeam.trace import GenerationOutput, Hypothesis
@@ -222,7 +222,7 @@ def step(beams: Sequence[Beams], log_probs: Tensor, rule: Ranking, request: Requ
                 if score > _NEVER / 2:  # what ended, or was not allowed, fills places that nobody else takes
                     refuse_impossible(request.rows[number], text)
             request.rows[number].impossible.clear()
-    before = sent(np.array([row.scores for row in beams], dtype=np.float32), log_probs.device)
+    before = sent(torch.from_numpy(np.array([row.scores for row in beams], dtype=np.float32)), log_probs.device)
     best, index = rule.candidates(log_probs.add_(before[..., None]).flatten(1), rule.keep, live)
     best, index = best.to("cpu", non_blocking=True), index.cpu()  # both are here when the second is
     found = index.tolist()
@@ -249,11 +249,6 @@ def step(beams: Sequence[Beams], log_probs: Tensor, rule: Ranking, request: Requ
             pool=[pools[i][0] if i in pools else list(range(width)) for i in range(len(beams))],
             pool_scores=[[one.score for one in row.finished] for row in after])
     return after, over, ranked
-
-
-def sent(numbers: np.ndarray, device: torch.device) -> Tensor:
-    """The same on the device; nobody waits for them."""
-    return pinned(torch.from_numpy(numbers), device).to(device, non_blocking=True)
 
 
 def endings(tokens: Sequence[list[int]], continued: Callable[[int], list[list[int]]], lengths: Sequence[int],
@@ -377,7 +372,7 @@ def search(target: PreTrainedModel, request: Request, states: Sequence[State], w
             logits = beams.read(front)
         else:
             # Surviving is gathering: each beam's new node hangs below the beam that it was continued from.
-            tokens, origins = sent(np.array(front), tree.device).unbind(1)
+            tokens, origins = sent(torch.from_numpy(np.array(front)), tree.device).unbind(1)
             tips = tips.pick(origins.clamp(max=tips.depth.shape[1] - 1))
             own = torch.arange(width, device=tree.device).expand(len(batch.live), -1)
             logits, tips = tree.extend(tips, leaves(tokens, own))

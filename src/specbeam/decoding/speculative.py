@@ -163,7 +163,7 @@ def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
             asked = proposal if proposal is not None and any(proposal.tokens) else None
             block = _block(last, asked, tree.device)
             logits, nodes = tree.extend(tips, block)
-            verified, width, ahead = batch.clock.mark(), block.tokens.shape[1], None
+            verified, width = batch.clock.mark(), block.tokens.shape[1]
             paths, following = _choose(request, batch, batch.live, logits, asked, settings.acceptance)
             tips = nodes if asked is None else nodes.pick(
                 torch.tensor([[path[-1] + 1 if path else 0] for path in paths], device=tree.device))

@@ -240,8 +240,8 @@ class Length:
     def _steady(self, deepest: int) -> bool:
         """Whether a draft model's proposals pay up to a step in the target's costs, so that one round is like the next.
         """
-        return (self.depths is not None and deepest < self.settings.depth and not self.frozen
-                and self.settings.drafter == "draft_model" and self.learned.credit >= _MOST_CREDIT / 2)
+        return (deepest < self.settings.depth and not self.frozen and self.settings.drafter == "draft_model"
+                and self.learned.credit >= _MOST_CREDIT / 2)
 
     def _deepest(self) -> int:
         """How deep proposals go: up to where the target's next tokens cost a step more, unless it pays to go on. Of
@@ -336,9 +336,7 @@ class Length:
 
     def trim(self, proposal: Proposal) -> Proposal:
         """Cut proposals that were not drawn to what pays: each of their tokens is a function of its prefix."""
-        if not self.auto or proposal.q is not None or not any(proposal.tokens):
-            return proposal
-        if not self.asks:
+        if not self.auto or not self.asks or proposal.q is not None or not any(proposal.tokens):
             return proposal
         if self.column and self.settings.drafter != "combined" and self.settings.vocabulary == "same" and (
                 proposal.chained):  # `proposes` was asked for each of them

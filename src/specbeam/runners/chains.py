@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _OF_SCORES = (hf.TemperatureLogitsWarper, hf.TopKLogitsWarper, hf.TopPLogitsWarper, hf.MinPLogitsWarper,
               hf.InfNanRemoveLogitsProcessor, hf.LogitNormalization)
 
-_own = True  # whether the GPU's arg-max is ours
+_own = find_spec("triton") is not None  # whether the GPU's arg-max is ours
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class Chains:
         device, count = self.tree.device, proposed.shape[1]
         q = q[:, :count] if q is not None and count else None
         if proposed.is_cuda:
-            meant = pinned(torch.tensor(lengths)[:, None], device).to(device, non_blocking=True)
+            meant = sent(torch.tensor(lengths)[:, None], device)
             asked = torch.cat([proposed, meant], 1)
         else:
             asked = self._asked(proposed, lengths)
@@ -203,7 +203,7 @@ class Chains:
 
     def _tells(self, slots: Slots) -> bool:
         """Whether what is new was written to the host's memory by the function itself: a copy behind it takes 10 µs."""
-        return slots.tokens is not None and not self.shape.samples and _own and find_spec("triton") is not None
+        return slots.tokens is not None and not self.shape.samples and _own
 
     def _asked(self, proposed: Tensor, lengths: Sequence[int]) -> Tensor:
         """Proposals and their lengths behind them, where a copy to the device begins at once: no verification begins
@@ -220,6 +220,11 @@ class Chains:
 def pinned(values: Tensor, device: torch.device) -> Tensor:
     """What a recording on that device is given without anyone waiting."""
     return values.pin_memory() if device.type == "cuda" and not values.is_cuda else values
+
+
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """The same on the device, without anyone waiting."""
+    return pinned(values, device).to(device, non_blocking=True)
 
 
 def seen(values: Tensor, told: Tensor | None = None) -> Callable[[], list[Any]]:
@@ -241,7 +246,7 @@ def seen(values: Tensor, told: Tensor | None = None) -> Callable[[], list[Any]]:
 def _by_ours(name: str, plain: Callable[..., Any], x: Tensor, *args: Any) -> Any:
     """`plain(x, *args)`, on a GPU by the kernel of that name, if it can run there."""
     global _own
-    if _own and x.is_cuda and find_spec("triton") is not None:
+    if _own and x.is_cuda:
         try:
             from specbeam.runners import ends
 

@@ -11,9 +11,9 @@ cold, and there a call of torch costs ten of numpy's (docs/log.md).
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import prod
 from typing import Any
 
@@ -117,7 +117,8 @@ class StateSlots:
         self.held: dict[tuple[int, int, int], dict[str, tuple[np.ndarray, ov.Tensor]]] = {}  # inputs, by their sizes
         self.set: tuple[int, int, int] | None = None  # which of them the request has
         self.masks = [name for name in ("mask", "near") if name in self.inputs]
-        self.own = {name: _Sized(self.request, name) for name in (*self.masks, "")}
+        self.added = {name: _Sized(partial(self.request.set_tensor, name)) for name in self.masks}
+        self.output = _Sized(self.request.set_output_tensor)
         self.rows = self.wide = 0  # of the last forward, and its tokens of a row
         self.changed = False  # whether the one before was of another size
         self._in_order(rows)
@@ -146,7 +147,6 @@ class StateSlots:
     def join(self, more: StateSlots) -> None:
         """Go on with another batch's rows too, behind these; both have the same capacity."""
         for slots in (self, more):
-            slots._end_row()
             slots._compact()
         longest = max(self.length, more.length)
         its = {state.name: state for state in more.request.query_state()}
@@ -219,7 +219,6 @@ class StateSlots:
             return None
         row.end(depth, start)
         if start - depth > _SLACK + (depth + new) // 4:
-            self._end_row()
             self._compact()
             return self._read_row(tokens, depth, highest, keep, exact)
         wide = self._width(1, new, exact)
@@ -230,7 +229,7 @@ class StateSlots:
             positions = [min(place, highest) for place in positions]
         self._give([tokens], [positions], keep)
         for name in self.masks:
-            lines = self.own[name].shaped(1, 1, wide, end)
+            lines = self.added[name].shaped(1, 1, wide, end)
             lines[:] = row.added[:end]
             if wide > 1:
                 lines[0, 0, :, start:] = _below(wide)
@@ -271,7 +270,7 @@ class StateSlots:
         new = len(tokens[0])
         self._give(tokens, positions, keep)
         for name in self.masks:
-            added = self.own[name].shaped(len(tokens), 1, self.wide, self.length)
+            added = self.added[name].shaped(len(tokens), 1, self.wide, self.length)
             added[:, :, :new] = _ADDED.take(masks[name].view(np.uint8))[:, None]
             added[:, :, new:] = _HIDDEN
             if chains is not None and new > 1:
@@ -283,19 +282,19 @@ class StateSlots:
         """To the coming forward, beside its masks: tokens, positions: [rows, new]; keep: [rows, kept], None: all."""
         rows, new = len(tokens), len(tokens[0])
         key = (rows, self.wide, new if keep is None else 1)
-        if self.set != key:
-            if key not in self.held:
-                arrays = {name: np.zeros(key[:2], dtype=np.int64) for name in ("tokens", "positions")}
-                arrays["keep"] = np.tile(_count(key[2]), (rows, 1))
-                self.held[key] = {name: (array, ov.Tensor(array, shared_memory=True)) for name, array in arrays.items()}
-            self.given = {name: array for name, (array, _) in self.held[key].items()}
-            for name, (_, tensor) in self.held[key].items():
-                self.request.set_tensor(name, tensor)
-            self.logits = self.own[""].shaped(rows, key[2], self.requests.vocabulary)
-            self.set = key
-        self.given["tokens"][:, :new], self.given["positions"][:, :new] = tokens, positions
+        if key not in self.held:
+            arrays = {name: np.zeros(key[:2], dtype=np.int64) for name in ("tokens", "positions")}
+            arrays["keep"] = np.tile(_count(key[2]), (rows, 1))
+            self.held[key] = {name: (array, ov.Tensor(array, shared_memory=True)) for name, array in arrays.items()}
+        held = self.held[key]
+        held["tokens"][0][:, :new], held["positions"][0][:, :new] = tokens, positions
         if key[2] == 1:
-            self.given["keep"][:] = 0 if keep is None else keep
+            held["keep"][0][:] = 0 if keep is None else keep
+        if self.set != key:
+            for name, (_, tensor) in held.items():
+                self.request.set_tensor(name, tensor)
+            self.logits = self.output.shaped(rows, key[2], self.requests.vocabulary)
+            self.set = key
 
     def _run(self) -> np.ndarray:
         """Logits [rows, kept, vocabulary]."""
@@ -358,6 +357,7 @@ class StateSlots:
 
     def _compact(self) -> np.ndarray:
         """Drop dead positions, and put the others in the order of their slots: which they were, [rows, state]."""
+        self._end_row()
         if self.plain:
             return np.broadcast_to(_count(self.length), (len(self.owner), self.length))
         owner, hidden = self.owner[:, : self.length], ~self.alive[:, : self.length]
@@ -401,11 +401,11 @@ class Row:
 
 
 class _Sized:
-    """An fp32 input of a request, or (name "") its output, whose memory stays while its size changes: to make a
-    tensor, and to tell the request of it, takes ten times as long as to size one."""
+    """An fp32 input of a request, or its output, whose memory stays while its size changes: to make a tensor, and to
+    tell the request of it, takes ten times as long as to size one."""
 
-    def __init__(self, request: Any, name: str):
-        self.request, self.name, self.room = request, name, 0
+    def __init__(self, tell: Callable[[ov.Tensor], None]):
+        self.tell, self.room = tell, 0
 
     def shaped(self, *shape: int) -> np.ndarray:
         """Its numbers in this shape; they are what they happen to be."""
@@ -416,10 +416,8 @@ class _Sized:
             self.tensor = ov.Tensor(ov.Type.f32, [self.room])
             self.flat = self.tensor.data
         self.tensor.shape = shape
-        if made and self.name:
-            self.request.set_tensor(self.name, self.tensor)
-        elif made:
-            self.request.set_output_tensor(self.tensor)
+        if made:
+            self.tell(self.tensor)
         if self.room > _MOST_KEPT:
             self.room = 0  # a prompt's mask: the next one is small again
         return self.flat[:size].reshape(shape)
