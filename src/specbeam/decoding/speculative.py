@@ -125,6 +125,7 @@ def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
         stay, since, ended = batch.retire(), ended or start, None
         new = batch.admit()
         if not batch.live:
+            length.ends()
             return batch.output(drafts=True)
         if stay:
             kept = tree.keep_rows(stay)

@@ -28,7 +28,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass, field, replace
 from itertools import chain
-from math import exp, isfinite, log, sqrt
+from math import ceil, exp, isfinite, log, sqrt
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -49,6 +49,7 @@ _TRY = 0.3  # credit of a try
 _SHORTEST_WAIT, _LONGER, _LONGEST_WAIT = 12, 3, 64  # plain rounds; by how much the next pause is longer
 _CAUTIOUS = 2  # tokens that are proposed until it is known what longer forwards cost
 _LASTS = 2  # rounds that share what a change of width costs
+_STAYS = 1.2  # another depth must promise to be so much faster: what is accepted of late is a matter of luck, too
 _STEP = 0.1  # plain rounds that a step in the target's costs is worth looking at
 _TOGETHER = 4  # rounds whose proposals are learned from together; at first an eighth of all
 _HEAT = 0.2  # by how many √tokens rows of one text come to differ
@@ -67,6 +68,8 @@ class Learned:
     credit: float = _MOST_CREDIT
     wait: int = _SHORTEST_WAIT  # plain rounds before the next try, of one row
     left: int = 0  # of them
+    depth: int = 0  # how deep chains went the last time; 0: nothing to choose from
+    blind: int = 0  # rounds of one row that will be of this depth, whatever comes
     trying: bool = False  # nothing was proposed since the last pause
     heard: int = 0  # rounds that were learned from
     # Tokens, confidences (none: unknown; None each: not asked for) and what was kept of them.
@@ -75,7 +78,7 @@ class Learned:
     def copy(self) -> Learned:
         """A first guess for another size of context."""
         tried, kept = ([count / 4 for count in counts] for counts in (self.tried, self.kept))
-        return replace(self, tried=tried, kept=kept, unheard=[])
+        return replace(self, tried=tried, kept=kept, blind=0, unheard=[])
 
     def judged(self, proposal: Proposal, paths: Sequence[Sequence[int]], asked: bool = True) -> None:
         """The target kept these of each row's proposals. Learned from later: between forwards, caches are cold."""
@@ -195,6 +198,8 @@ class Length:
         self.depths: tuple[Prices, list[tuple[int, float]]] | None = None  # where to end, and what that costs
         self.rest = 0  # plain rounds from here on that need no more thought
         self.full, self.spared = 0, 0.0  # if a round is like the last one: its depth; plain rounds that asking spared
+        self.began = False  # there was a round
+        self.unheard: list[tuple] = []  # what `round_done` was told of them
         self.wide = self.column = 0  # tokens of the target's last forward (0: any is as good), and proposed in this one
         if settings.costs:
             self.learned, self.prices = read_costs(settings.costs)
@@ -212,6 +217,12 @@ class Length:
     def limits(self, most: Sequence[int], left: Sequence[int] = ()) -> list[int]:
         """How deep each row may propose in this round; 0: decode plainly. left: tokens that each row may still have,
         where the batch ends with the last of them; else none."""
+        if self.auto and self.learned.blind and len(most) == 1 and most[0] >= self.learned.depth and (
+                not self.began or self.learned.depth == self.wide - 1):
+            self.learned.blind -= 1
+            self.full, self.asks, self.why = self.learned.depth, False, ["not worth its time"]
+            return [self.full]
+        self._hear()
         self.rest, self.column, self.full, self.spared, self.asks = 0, 0, 0, 0.0, not self.fixed
         self.reach, self.why = [1.0] * len(most), ["length" if n == self.settings.depth else "end of answer"
                                                   for n in most]
@@ -231,8 +242,10 @@ class Length:
                 if self.costs.few:
                     return [min(_CAUTIOUS, n) for n in most]
             deepest = self._deepest()
-            if len(most) == 1 and most[0] >= deepest == self.wide - 1 and self._steady(deepest):
+            if len(most) == 1 and most[0] >= deepest and self._steady(deepest):
                 self.full, self.asks = deepest, self.costs.asking.next(deepest)
+                if not self.asks:
+                    self._go_on()
             self._stop([True] * len(most), [n <= deepest for n in most], "not worth its time")
             return [min(deepest, n) for n in most]
         return [0] * len(most)
@@ -258,9 +271,12 @@ class Length:
 
         def rate(end: tuple[int, float]) -> float:
             n, cost = end
-            return (1 - chance ** (n + 1)) / (1 - chance) / (cost + grows * (n >= self.wide > 0))
+            stays = _STAYS if n == self.learned.depth else 1.0
+            return stays * (1 - chance ** (n + 1)) / (1 - chance) / (cost + grows * (n >= self.wide > 0))
 
-        return max(self.depths[1], key=rate)[0] if len(self.depths[1]) > 1 else depth
+        if len(self.depths[1]) > 1:
+            depth = self.learned.depth = max(self.depths[1], key=rate)[0]
+        return depth
 
     def rested(self, steps: Sequence[float], seconds: float) -> None:
         """Some of the `rest` were taken, as plain steps: seconds of each one's forward, and of them all."""
@@ -368,10 +384,39 @@ class Length:
 
     def round_done(self, proposal: Proposal | None, paths: Sequence[Sequence[int]], committed: Sequence[int],
                    seconds: Sequence[float], new: int, changed: bool = False) -> None:
-        """Learn from a round. seconds: of drafting, of the target's forward, of the whole round; new: tokens of a row
-        in the target's forward; changed: they were not as many in the one before."""
-        if not self.auto or self.frozen:
-            return
+        """Learn from a round, now or later. seconds: of drafting, of the target's forward, of the whole round; new:
+        tokens of a row in the target's forward; changed: they were not as many in the one before."""
+        if self.auto and not self.frozen:
+            # Neither a try nor an answer is charged for the change that it begins with.
+            charged, self.began = changed and self.wide > 1 and self.began, True
+            self.unheard.append((proposal, paths, committed, seconds, new, changed, charged))
+            if not self.learned.blind:
+                self._hear()
+
+    def ends(self) -> None:
+        """The batch has ended: what is learned and decided now takes no answer's time."""
+        self._hear()
+        if self.full:
+            self.prices = self.costs.prices(1)
+            if self._steady(self._deepest()):
+                self._go_on()
+
+    def _go_on(self) -> None:
+        """The next rounds are like this one whatever comes, as many as cannot use up the credit: a thought between two
+        forwards, in caches that are cold, takes 4 % of a small model's round."""
+        if self.costs.asking.settled:
+            self.learned.blind = ceil(self.learned.credit / _MOST_LOSS) - 1
+
+    def _hear(self) -> None:
+        """Learn from all rounds there were."""
+        for facts in self.unheard:
+            self._learn(*facts)
+        self.unheard.clear()
+        if self.auto:
+            self.learned.blind = 0
+
+    def _learn(self, proposal: Proposal | None, paths: Sequence[Sequence[int]], committed: Sequence[int],
+               seconds: Sequence[float], new: int, changed: bool, charged: bool) -> None:
         costs, learned, rows = self.costs, self.learned, len(committed)
         draft, verify, whole = self._agreed(seconds)
         costs.forward(rows, new, changed, verify)
@@ -389,7 +434,7 @@ class Length:
         if self.full and new == self.full + 1 and not changed:
             costs.asking.took(self.asks, whole, len(proposal.tokens[0]) == self.full, self.spared * costs.plain(rows))
         tokens = sum(committed) / rows
-        took = costs.usual(rows, steps, new, changed and self.wide > 1)  # a try is not charged for its beginning
+        took = costs.usual(rows, steps, new, charged)
         if any(proposal.tokens):
             costs.gained.append((tokens, took))
             learned.trying = False
