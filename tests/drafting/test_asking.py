@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from math import ceil
+
 import pytest
 
 from specbeam.drafting import Proposal
 from specbeam.drafting.asking import Asking
-from specbeam.drafting.length import Learned
+from specbeam.drafting.length import Learned, Length, Prices
 from tests.drafting.test_length import Pair, auto, plain_rounds
 
 
@@ -45,13 +47,21 @@ def test_another_depth_is_measured_anew():
     rounds(asking, 40, 0.1, 0.0)
     assert not asking.pays
     asking.next(4)
-    assert asking.pays and not any(asking.seconds.values())
+    assert asking.pays and not asking.longer and not asking.lately
 
 
 def test_rounds_that_stopped_early_say_nothing_of_the_seconds():
     asking = Asking()
     asking.took(True, 0.1, False, 0.2)
-    assert not asking.seconds[True] and asking.spared > 0
+    assert not asking.lately and asking.spared > 0
+
+
+def test_a_machine_that_becomes_faster_does_not_change_what_asking_costs():
+    asking = Asking()
+    for turn in range(400):
+        asks = asking.next(3)
+        asking.took(asks, (1.0 + 0.1 * asks) * 0.99**turn, True, 0.0)
+    assert not asking.pays, "rounds are compared with those beside them: the last that asked were long ago, and slower"
 
 
 @pytest.fixture
@@ -82,7 +92,6 @@ def test_a_round_that_does_not_ask_proposes_the_usual_depth(chosen):
 
 
 @pytest.mark.parametrize("change", [
-    lambda chosen: setattr(chosen, "wide", 3), lambda chosen: setattr(chosen, "wide", 9),
     lambda chosen: setattr(chosen.learned, "credit", 1.0), lambda chosen: setattr(chosen, "chains", False),
     lambda chosen: setattr(chosen, "frozen", True)])
 def test_it_asks_where_one_round_is_not_like_the_next(chosen, change):
@@ -124,4 +133,102 @@ def test_rounds_that_are_not_alike_are_not_measured(chosen):
     assert chosen.full == 0
     nothing = Proposal([[]], [[]], None, ["draft_model"], [""], [[]], forwards=1)
     chosen.round_done(nothing, [[]], [1], [0.1, 1.0, 1.1], 1)
-    assert not any(chosen.costs.asking.seconds.values())
+    assert not chosen.costs.asking.lately
+
+
+@pytest.fixture
+def alike(chosen):
+    """It is known that asking does not pay."""
+    rounds(chosen.costs.asking, 40, costs=0.1, spares=0.0)
+    chosen.costs.asking.rounds, chosen.learned.heard = 0, 24
+    return chosen
+
+
+def went(chosen, kept: int, changed: bool = False) -> None:
+    """A round in which so many of three were accepted."""
+    three = Proposal([[7] * 3], [[-1, 0, 1]], None, ["draft_model"], [""], [[]], forwards=3)
+    chosen.round_done(three, [list(range(kept))], [kept + 1], [0.3, 1.15, 1.5], 4, changed)
+
+
+def learned_from(chosen) -> int:
+    return chosen.learned.heard - 24 + len(chosen.learned.unheard)
+
+
+def test_rounds_that_are_alike_are_learned_from_together(alike):
+    """With a credit of 4, four rounds can be lost: it is looked at again before the fifth."""
+    heard = []
+    for _ in range(5):
+        assert alike.limits([8]) == [3] and not alike.asks
+        went(alike, 3)
+        heard.append(learned_from(alike))
+    assert heard == [0, 0, 0, 4, 4]
+
+
+@pytest.mark.parametrize("credit", [2.0, 2.5, 3.0, 4.0])
+def test_whatever_comes_the_credit_lasts_as_long_as_nobody_looks(alike, credit):
+    """Every round is lost: only the last one may use it up."""
+    alike.learned.credit = credit
+    alike.limits([8])
+    assert 0 < alike.learned.blind < credit
+    while alike.learned.blind:
+        went(alike, 0)
+        alike.limits([8])
+    assert not alike.idle and learned_from(alike) == 0
+    went(alike, 0)
+    assert learned_from(alike) == ceil(credit)
+
+
+@pytest.mark.parametrize("most, wide", [(2, 4), (8, 9), (8, 1)])
+def test_at_the_end_of_an_answer_or_at_another_width_it_is_thought_again(alike, most, wide):
+    alike.limits([8])
+    went(alike, 3)
+    assert alike.learned.blind == 3
+    alike.wide = wide
+    alike.limits([most])
+    assert alike.asks or alike.learned.blind < 3, "the round before counts"
+
+
+def test_the_next_answer_begins_as_this_one_went(alike):
+    alike.limits([8])
+    went(alike, 3)
+    assert learned_from(alike) == 0
+    alike.ends()
+    assert learned_from(alike) == 1
+    length, alike.settings = Length(alike.settings, alike.target, Pair(), 1), alike.settings
+    length.learned, length.costs = alike.learned, alike.costs
+    assert length.limits([8]) == [3] and length.why == ["not worth its time"]
+    assert length.prices == Prices(), "nothing was worked out"
+
+
+def test_nobody_goes_on_unseeing_where_the_next_round_may_be_another(alike):
+    alike.learned.credit = 1.5
+    alike.limits([8])
+    alike.ends()
+    assert not alike.learned.blind
+
+
+def test_rounds_without_a_proposal_are_learned_from_together(alike):
+    nothing = Proposal([[]], [[]], None, ["suffix"], ["no match"], [[]])
+    counts = []
+    for _ in range(5):
+        alike.learned.blind = 0
+        alike.round_done(nothing, [[]], [1], [0.0, 1.0, 1.1], 1)
+        counts.append(learned_from(alike))
+    assert counts == [0, 0, 0, 4, 4]
+    alike.learned.credit = 0.5
+    alike.round_done(nothing, [[]], [1], [0.0, 1.0, 1.1], 1)
+    assert learned_from(alike) == 6, "a pause may begin"
+
+
+def test_an_answer_is_not_charged_for_the_width_that_it_begins_with(alike, monkeypatch):
+    nets: list[float] = []
+    monkeypatch.setattr(Learned, "paid", lambda self, net, rows: nets.append(net))
+    for _ in range(5):
+        alike.costs.forward(1, 4, True, 2.0)
+    alike.costs.hear()
+    alike.began = False
+    for _ in range(2):
+        alike.limits([8])
+        went(alike, 2, changed=True)
+    alike.ends()
+    assert nets[0] > nets[1]

@@ -226,6 +226,16 @@ def test_proposals_end_before_a_step_unless_nearly_all_is_right(target, draft, u
     assert chosen._deepest() == 8, "there is no step"
 
 
+def test_another_depth_must_promise_more_than_luck(target, draft):
+    chosen = auto(target, draft)
+    plain_rounds(chosen)
+    chosen.prices = Prices(draft=0.05, token=0.05, steps=((4, 0.4), (16, 0.0)))
+    # Eight in place of three would be 0.87, 1.18, 1.33, 1.18, and 0.67 times as fast.
+    for usual, deepest in [(0.8, 3), (0.95, 3), (0.999, 8), (0.95, 8), (0.6, 3)]:
+        chosen.learned.usual = usual
+        assert chosen._deepest() == deepest
+
+
 def test_auto_believes_what_was_accepted_more_than_what_the_draft_thinks(target, draft):
     chosen = auto(target, draft)
     for _ in range(100):

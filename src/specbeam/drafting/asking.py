@@ -25,6 +25,7 @@ class Asking:
     spared: float = 0.0  # seconds a round, of late
     pays: bool = True
     rounds: int = 0  # since the last one of the other kind
+    others: int = 0  # rounds of the other kind
 
     @property
     def settled(self) -> bool:
@@ -34,14 +35,14 @@ class Asking:
     def next(self, depth: int) -> bool:
         """Whether the coming round asks; depth: what it proposes at most."""
         if depth != self.depth:
-            self.depth, self.pays = depth, True
+            self.depth, self.pays, self.others = depth, True, 0
             self.lately.clear()
             self.longer.clear()
         self.rounds += 1
-        turn = 2 if len(self.longer) < _ENOUGH else _OFTEN if self.pays else _SELDOM
+        turn = 2 if self.others < _ENOUGH else _OFTEN if self.pays else _SELDOM
         if self.rounds < turn:
             return self.pays
-        self.rounds = 0
+        self.rounds, self.others = 0, self.others + 1
         return not self.pays
 
     def took(self, asked: bool, seconds: float, whole: bool, spared: float) -> None:

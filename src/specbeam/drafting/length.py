@@ -28,7 +28,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass, field, replace
 from itertools import chain
-from math import ceil, exp, isfinite, log, sqrt
+from math import ceil, isfinite
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,6 +36,7 @@ from weakref import WeakKeyDictionary
 
 from specbeam.drafting import Proposal, Settings
 from specbeam.drafting.costs import Costs, Prices
+from specbeam.drafting.last import ALONE, Last
 from specbeam.errors import InputError
 from specbeam.placement import agreed, is_split
 
@@ -50,10 +51,9 @@ _SHORTEST_WAIT, _LONGER, _LONGEST_WAIT = 12, 3, 64  # plain rounds; by how much 
 _CAUTIOUS = 2  # tokens that are proposed until it is known what longer forwards cost
 _LASTS = 2  # rounds that share what a change of width costs
 _STAYS = 1.2  # another depth must promise to be so much faster: what is accepted of late is a matter of luck, too
+_DOUBTS = 4  # tries in a row that are declined until what they would cost is measured anew
 _STEP = 0.1  # plain rounds that a step in the target's costs is worth looking at
 _TOGETHER = 4  # rounds whose proposals are learned from together; at first an eighth of all
-_HEAT = 0.2  # by how many √tokens rows of one text come to differ
-_BY_ITSELF = 16  # and by which part of what is left, as answers end by themselves
 _MEASURED = 3  # plain rounds that are measured one after the other
 
 
@@ -71,6 +71,7 @@ class Learned:
     depth: int = 0  # how deep chains went the last time; 0: nothing to choose from
     blind: int = 0  # rounds of one row that will be of this depth, whatever comes
     trying: bool = False  # nothing was proposed since the last pause
+    declined: int = 0  # tries in a row
     heard: int = 0  # rounds that were learned from
     # Tokens, confidences (none: unknown; None each: not asked for) and what was kept of them.
     unheard: list[tuple[list[list[int]], Any, Sequence[Sequence[int]]]] = field(default_factory=list)
@@ -143,39 +144,20 @@ def _at_size(size: int, known: dict[int, Any], new: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Last:
-    """A batch ends with its last row: what the others are ahead saves only their own share of a forward. chance: of
-    each row to be the last, softmax(tokens left / heat); rows of one text come to differ by about that, and the more is
-    left, the likelier an answer ends by itself. share: of a plain round, that is the rows' own; 1: all count alike."""
+class _Round:
+    """What `round_done` was told, and what the round was meant to be."""
 
-    chance: list[float]
-    heat: float
-    share: float
-
-    @classmethod
-    def of(cls, left: Sequence[int], share: float) -> Last:
-        most, mean = max(left), max(1.0, sum(left) / len(left))
-        heat = _HEAT * sqrt(mean) + mean / _BY_ITSELF
-        weights = [exp((one - most) / heat) for one in left]
-        return cls([weight / sum(weights) for weight in weights], heat, min(share, 1.0))
-
-    def worth(self, row: int) -> float:
-        """A token of this row, in tokens of every row."""
-        return (1 - self.share) * self.chance[row] + self.share / len(self.chance)
-
-    def gain(self, committed: Sequence[int]) -> float:
-        """What these tokens of each row are worth, in tokens of every row: how much sooner the last one ends, by
-        heat · log Σ exp(tokens left / heat) before and after."""
-        alike = sum(committed) / len(committed)
-        if self.share == 1:
-            return alike
-        late = [n / self.heat - log(one) for one, n in zip(self.chance, committed, strict=True) if one > 0]
-        least = min(late)
-        sooner = self.heat * (least - log(sum(exp(least - one) for one in late)))
-        return (1 - self.share) * sooner + self.share * alike
-
-
-_ALONE = Last([1.0], 1.0, 1.0)
+    proposal: Proposal | None
+    paths: Sequence[Sequence[int]]
+    committed: Sequence[int]
+    seconds: Sequence[float]
+    new: int
+    changed: bool
+    charged: bool
+    full: int
+    asked: bool
+    spared: float
+    last: Last
 
 
 class Length:
@@ -199,7 +181,7 @@ class Length:
         self.rest = 0  # plain rounds from here on that need no more thought
         self.full, self.spared = 0, 0.0  # if a round is like the last one: its depth; plain rounds that asking spared
         self.began = False  # there was a round
-        self.unheard: list[tuple] = []  # what `round_done` was told of them
+        self.rounds: list[_Round] = []  # not learned from yet
         self.wide = self.column = 0  # tokens of the target's last forward (0: any is as good), and proposed in this one
         if settings.costs:
             self.learned, self.prices = read_costs(settings.costs)
@@ -222,7 +204,8 @@ class Length:
             self.learned.blind -= 1
             self.full, self.asks, self.why = self.learned.depth, False, ["not worth its time"]
             return [self.full]
-        self._hear()
+        if self.auto:
+            self.learned.blind = 0
         self.rest, self.column, self.full, self.spared, self.asks = 0, 0, 0, 0.0, not self.fixed
         self.reach, self.why = [1.0] * len(most), ["length" if n == self.settings.depth else "end of answer"
                                                   for n in most]
@@ -238,7 +221,7 @@ class Length:
         else:
             if not self.frozen:
                 self.prices = self.costs.prices(len(most))
-                self.last = _ALONE if len(most) == 1 else Last.of(left or most, self.prices.token if left else 1.0)
+                self.last = ALONE if len(most) == 1 else Last.of(left or most, self.prices.token if left else 1.0)
                 if self.costs.few:
                     return [min(_CAUTIOUS, n) for n in most]
             deepest = self._deepest()
@@ -386,16 +369,22 @@ class Length:
                    seconds: Sequence[float], new: int, changed: bool = False) -> None:
         """Learn from a round, now or later. seconds: of drafting, of the target's forward, of the whole round; new:
         tokens of a row in the target's forward; changed: they were not as many in the one before."""
-        if self.auto and not self.frozen:
-            # Neither a try nor an answer is charged for the change that it begins with.
-            charged, self.began = changed and self.wide > 1 and self.began, True
-            self.unheard.append((proposal, paths, committed, seconds, new, changed, charged))
-            if not self.learned.blind:
-                self._hear()
+        if not self.auto or self.frozen:
+            return
+        # Neither a try nor an answer is charged for the change that it begins with.
+        charged, self.began = changed and self.wide > 1 and self.began, True
+        self.rounds.append(_Round(proposal, paths, committed, seconds, new, changed, charged, self.full, self.asks,
+                                  self.spared, self.last))
+        nothing = proposal is not None and not any(proposal.tokens)
+        if not self.learned.blind and (len(self.rounds) >= _TOGETHER or not nothing or len(committed) > 1
+                                       or self.learned.credit < _MOST_LOSS):
+            self._hear()
 
     def ends(self) -> None:
         """The batch has ended: what is learned and decided now takes no answer's time."""
         self._hear()
+        if self.auto:
+            self.learned.blind = 0
         if self.full:
             self.prices = self.costs.prices(1)
             if self._steady(self._deepest()):
@@ -403,45 +392,45 @@ class Length:
 
     def _go_on(self) -> None:
         """The next rounds are like this one whatever comes, as many as cannot use up the credit: a thought between two
-        forwards, in caches that are cold, takes 4 % of a small model's round."""
+        forwards takes 4 % of a small model's round."""
         if self.costs.asking.settled:
-            self.learned.blind = ceil(self.learned.credit / _MOST_LOSS) - 1
+            self.learned.blind = ceil(self.learned.credit / _MOST_LOSS) - 1 - len(self.rounds)
 
     def _hear(self) -> None:
-        """Learn from all rounds there were."""
-        for facts in self.unheard:
-            self._learn(*facts)
-        self.unheard.clear()
-        if self.auto:
-            self.learned.blind = 0
+        """Learn from the rounds there were. Between forwards caches are cold: of those that proposed nothing, and of
+        those that are alike, some are learned from together."""
+        for one in self.rounds:
+            self._learn(one)
+        self.rounds.clear()
 
-    def _learn(self, proposal: Proposal | None, paths: Sequence[Sequence[int]], committed: Sequence[int],
-               seconds: Sequence[float], new: int, changed: bool, charged: bool) -> None:
-        costs, learned, rows = self.costs, self.learned, len(committed)
-        draft, verify, whole = self._agreed(seconds)
-        costs.forward(rows, new, changed, verify)
-        if self.asks:
+    def _learn(self, one: _Round) -> None:
+        proposal, new = one.proposal, one.new
+        costs, learned, rows = self.costs, self.learned, len(one.committed)
+        draft, verify, whole = self._agreed(one.seconds)
+        costs.forward(rows, new, one.changed, verify)
+        if one.asked:
             costs.waited(proposal is not None, whole - draft - verify)
         if proposal is None:
-            if new == 1 and not changed:  # a runner may have kept another width
+            if new == 1 and not one.changed:  # a runner may have kept another width
                 costs.unchecked = 0
             return
         costs.unchecked += 1
         steps = proposal.forwards or int(self.looks_up)  # looking something up is a step too
-        if steps and self.asks:
+        if steps and one.asked:
             costs.drafted(rows, steps, draft)
-        learned.judged(proposal, paths, self.asks)
-        if self.full and new == self.full + 1 and not changed:
-            costs.asking.took(self.asks, whole, len(proposal.tokens[0]) == self.full, self.spared * costs.plain(rows))
-        tokens = sum(committed) / rows
-        took = costs.usual(rows, steps, new, charged)
+        learned.judged(proposal, one.paths, one.asked)
+        if one.full and new == one.full + 1 and not one.changed:
+            costs.asking.took(one.asked, whole, len(proposal.tokens[0]) == one.full, one.spared * costs.plain(rows))
+        tokens = sum(one.committed) / rows
+        took = costs.usual(rows, steps, new, one.charged)
         if any(proposal.tokens):
             costs.gained.append((tokens, took))
-            learned.trying = False
+            learned.declined, learned.trying = 0, False
         elif learned.trying:  # a try that was declined
-            costs.forget(rows)
-            learned.trying = False
-        learned.paid(self.last.gain(committed) - took, rows)
+            learned.declined, learned.trying = learned.declined + 1, False
+            if learned.declined % _DOUBTS == 0:
+                costs.forget(rows)
+        learned.paid(one.last.gain(one.committed) - took, rows)
 
 
 def read_costs(path: str) -> tuple[Learned, Prices]:
