@@ -17,7 +17,7 @@ until it is needed.
 Too little credit stops by bad luck what gains a tenth; too much is lost where texts change (docs/log.md, 2026-11-29).
 What was learned stays with the pair of models, from prompt to prompt; `costs` freezes it in a file.
 
-Where one round is like the next, it may not ask for confidences at all (asking.py).
+Where one round is like the next, it may not ask for confidences at all (asking.py), and some follow without a thought.
 The confidence is the draft's largest probability *before* anything is drawn: to stop or not is a function of the
 prefix, and a drawn token is never dropped for what it is. (Dropping it would bias the output.)
 """
@@ -199,7 +199,7 @@ class Length:
     def limits(self, most: Sequence[int], left: Sequence[int] = ()) -> list[int]:
         """How deep each row may propose in this round; 0: decode plainly. left: tokens that each row may still have,
         where the batch ends with the last of them; else none."""
-        if self.auto and self.learned.blind and len(most) == 1 and most[0] >= self.learned.depth and (
+        if self.auto and self.learned.blind and self.chains and len(most) == 1 and most[0] >= self.learned.depth and (
                 not self.began or self.learned.depth == self.wide - 1):
             self.learned.blind -= 1
             self.full, self.asks, self.why = self.learned.depth, False, ["not worth its time"]
