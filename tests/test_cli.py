@@ -129,6 +129,8 @@ def test_paths_with_odd_characters_are_taken_as_they_are(path: str) -> None:
         (["compare", "prompt_set.limt=3"], "did you mean prompt_set.limit?"),
         (["compare", "draft_length=8"], "did you mean methods.speculative.draft_length?"),
         (["compare", "target=qwen2.5-3b-instrct"], "did you mean target=qwen2.5-3b-instruct?"),
+        (["compare", "target=Qwen/Qwen2.5-3B"], "a folder or hub id is given with target.path=Qwen/Qwen2.5-3B."),
+        (["compare", "prompt_set=/tmp/questions.jsonl"], "a file is given with prompt_set.path=/tmp/questions.jsonl."),
         (["compare", "prompt_set=nope"], "There is no prompt_set named 'nope'"),
         (["compare", "hello"], "'hello' is no override"),
         (["compare", "=3"], "'=3' is no override"),

@@ -157,13 +157,15 @@ def _opened(text: str, known: list[str], open_top: bool) -> list[str]:
 
 def _unknown_option(error: Any) -> str:
     wanted = str(error.missing_cfg_file or "")
-    group, _, option = wanted.rpartition("/")
+    group, _, option = wanted.partition("/")  # the option may be a hub id, or a folder
     options = sorted(str(name) for name in error.options or [])
     if not options:
         return f"There is no config {wanted!r}."
     close = difflib.get_close_matches(option, options, n=1, cutoff=0.5)
     hint = f"did you mean {group}={close[0]}? " if close else ""
     paths = {"target": "folder or hub id", "draft": "folder or hub id", "prompt_set": "file"}
+    if group in paths and "/" in option:
+        return f"{group}={option} names no preset: a {paths[group]} is given with {group}.path={option}."
     own = f"; a {paths[group]} is given with {group}.path=…" if group in paths else ""
     return f"There is no {group} named {option!r}: {hint}There are {', '.join(options)}{own}."
 
