@@ -10,6 +10,7 @@ stay as rows whose result nobody reads. Prompts run eagerly. What is recorded is
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -117,7 +118,8 @@ class OnCuda:
 
     def __call__(self, function: Callable[[], Outputs]) -> tuple[Replay, Outputs]:
         """The function's kernels as a graph, and the tensors that each replay fills."""
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        graph, stream, collects = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), gc.isenabled()
+        gc.disable()  # a graph of a model that is gone ends the recording in which it is thrown away
         try:
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
                 output = function()
@@ -127,6 +129,9 @@ class OnCuda:
             numbers.seed()
             torch.cuda.default_generators[stream.device_index].graphsafe_set_state(numbers.graphsafe_get_state())
             raise
+        finally:
+            if collects:
+                gc.enable()
         return graph.replay, output
 
 
