@@ -11,7 +11,7 @@ if find_spec("triton") is None:
     pytest.skip("no triton", allow_module_level=True)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-from specbeam.runners import attend_few, few_rows, fuse, matvec  # noqa: E402
+from specbeam.runners import attend_few, attend_one, few_rows, fuse, matvec  # noqa: E402
 
 if DEVICE == "cpu" and not matvec._product.__class__.__name__.startswith("Interpreted"):
     pytest.skip("triton is not interpreted", allow_module_level=True)
@@ -147,6 +147,25 @@ def test_attention_of_several_tokens_under_a_trees_mask(new_slots, heads, key_he
     other = attend_few.attend(*given, *[one.clone() for one in buffers], *rest[:2], broken, *rest[3:])
     assert (other - wanted).abs().amax() > 1e-3
     torch.testing.assert_close(other[:, :-1], wanted[:, :-1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed heads"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize(("here", "heads", "key_heads", "dim", "view"), [
+    (200, 14, 2, 64, 256), (511, 8, 8, 64, 512), (0, 4, 2, 48, 300), (377, 4, 1, 32, 384), (2, 2, 1, 8, 3)])
+def test_attention_of_one_token_is_as_good_as_its_numbers(here, heads, key_heads, dim, view, dtype, normed):
+    if DEVICE == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("the interpreter knows no PTX")
+    given, buffers, rest = several([[here]], heads, key_heads, dim, view, normed, seed=here)
+    given, buffers = ([one.to(dtype) if isinstance(one, torch.Tensor) else one for one in both]
+                      for both in (given, buffers))
+    assert attend_one.suits(buffers[0], view)
+    wide = [[one.double() if isinstance(one, torch.Tensor) else one for one in both] for both in (given, buffers)]
+    found, wanted = attend_few.attend(*given, *buffers, *rest).double(), fuse._attend(*wide[0], *wide[1], *rest)
+    assert (found - wanted).norm() < 1e-2 * wanted.norm()
+    for mine, its in zip(buffers, wide[1], strict=True):
+        assert (mine - its).abs().max() < 5e-2  # of 3 or so, in the new slot
+        assert torch.equal(mine[:, :, :here], its[:, :, :here].to(dtype))
 
 
 @pytest.mark.parametrize("programs", [1, 2])

@@ -5,7 +5,8 @@ What an earlier step wrote is fetched before the kernel before this one has ende
 come from that kernel, count apart from the others, and are written to their slots beside. An earlier step has ended
 then, since between two steps the output layer lets nothing begin early, and the choice of a token waits.
 The query heads of a key head and all new tokens are rows of one product, sixteen of which (of one token all) are a
-program's. Where the slots are shared out among programs, a second kernel puts the parts together.
+program's. Where the slots are shared out among programs, a second kernel puts the parts together. One token of one row
+has a kernel of its own where heads are small (attend_one.py).
 """
 
 from __future__ import annotations
@@ -31,7 +32,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Tenso
            cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slot: Tensor, view: int, mask: Tensor, scale: float,
            ahead: bool) -> Tensor:
     """What fuse.py's `attend` says, on a GPU."""
+    from specbeam.runners import attend_one
+
     [rows, new], key_heads, dim = slot.shape, keys.shape[1], keys.shape[3]
+    if rows * new == 1 and attend_one.suits(keys, view):
+        return attend_one.attend(q, k, v, q_norm, k_norm, eps, plus, cos, sin, keys, values, slot, view, mask, scale,
+                                 ahead)
     q, k, v = (flat(one, rows * new) for one in (q, k, v))
     heads, wide = q.shape[1] // dim, triton.next_power_of_2(dim)
     group = heads // key_heads
@@ -87,7 +93,7 @@ def _turned(x, place, angle, dim, weight, cos, sin, eps, live, DIM: tl.constexpr
     if NORM:
         wa = tl.load(weight + dim, mask=dim < DIM, other=0.0)
         wb = tl.load(weight + across, mask=dim < DIM, other=0.0)
-        scale = tl.rsqrt(tl.sum(a.to(tl.float32) * a.to(tl.float32), 1, keep_dims=True) / DIM + eps)
+        scale = tl.rsqrt(tl.sum(a.to(tl.float32) * a.to(tl.float32), -1, keep_dims=True) / DIM + eps)
         a, b = _weighed(a, scale, wa, PLUS), _weighed(b, scale, wb, PLUS)
     b = tl.where(dim < DIM // 2, -b.to(tl.float32), b.to(tl.float32))
     left, right = (a.to(tl.float32) * c).to(a.dtype), (b * s).to(a.dtype)

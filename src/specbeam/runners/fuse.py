@@ -3,7 +3,8 @@
 Compiled or not, such a layer is a dozen small kernels, and each begins when the one before it has ended. Here products
 of one input become one operation that takes along the norm before it, the gate's activation and the sum behind it; and
 rotary embedding, the new slots and attention become another. On a GPU each is one to three kernels that read weights
-before it is their turn (matvec.py, few_rows.py, attend_few.py). What is not as expected stays as it was, node by node.
+before it is their turn (matvec.py, few_rows.py, attend_few.py, attend_one.py). What is not as expected stays as it was,
+node by node.
 
 The operations, of [rows, new tokens, …] each, sixteen tokens in all at most:
 linear, norm: nn.Linear and RMSNorm (plus: times 1 + weight), as they are traced; taken apart again where they stay.

@@ -37,16 +37,18 @@ class Tiling:
 
 def tiling(rows: int, columns: int, gated: bool) -> Tiling:
     """As measured on an H200 within layers of five models, for products of 1 to 240 MB. What the next kernel has in
-    flight must fit beside this one's: programs are small, and of small weights all is in flight at once."""
+    flight must fit beside this one's: programs are small, and of small weights (nearly) all is in flight at once."""
     block = min(1024, triton.next_power_of_2(columns))
     if gated and columns <= 1024:
-        return Tiling(8, 128, 7, 2)
+        return Tiling(16, 128, 5)
     if gated:
         return Tiling(8, 512, 2) if columns <= 2048 else Tiling(2, 512, 4, 2)
     if columns > 4 * block:
         return Tiling(4, 1024, 3) if columns > 10240 else Tiling(2, 512, 10 if rows <= 1024 else 5, 2)
     if columns > 1024 and columns % 1024 == 512:
         return Tiling(8, 512, 2, 2)
+    if 512 < columns <= 1024 <= rows <= 8192:  # not of an output layer
+        return Tiling(8, 512, 2)
     return Tiling(8 if rows >= 1024 else 4, block, 2)
 
 
