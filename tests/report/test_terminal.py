@@ -112,6 +112,21 @@ def test_a_plain_method_that_wins_is_recommended(summary):
     assert answers(summary)[0].startswith("Use greedy: it decodes 500 tokens a second")
 
 
+def test_where_speculation_does_not_pay_it_is_said_what_a_round_brings_and_takes(summary):
+    figures = summary["methods"]["speculative"]
+    assert not any("plain steps" in sentence for sentence in answers(summary)), "it pays"
+    figures["speedup"]["greedy"].update(geometric_mean=0.8, geometric_low=0.7, geometric_high=0.9)
+    length = figures["mean_accepted_length"]
+    assert answers(summary)[1].startswith(
+        f"speculative is not surely faster than greedy: a round brings {length:.2f} tokens and takes "
+        f"{length / 0.8:.2f} plain steps (")
+    figures.update(draft_share=None)
+    assert f"takes {length / 0.8:.2f} plain steps. specbeam forecast says" in answers(summary)[1]
+    summary["methods"]["shorter"] = figures | {"speedup": {"greedy": {
+        "median": 1.5, "geometric_mean": 1.5, "geometric_low": 1.4, "geometric_high": 1.6}}}
+    assert not any("plain steps" in sentence for sentence in answers(summary)), "another one pays"
+
+
 def test_an_empty_summary_prints_without_a_table(summary):
     for figures in summary["methods"].values():
         figures.update(decode_tokens_per_second=None, speedup={}, identical_to={})

@@ -18,6 +18,7 @@ def answers(summary: Mapping[str, Any]) -> list[str]:
                if figures.get("family") == family and figures.get("decode_tokens_per_second")}
         if len(own) > 1:
             sentences.append(_sentence(name, own, "Use" if not sentences else f"For {name} use"))
+            sentences += _why_not(own)
         elif own:
             [(label, figures)] = own.items()
             sentences.append(f"{label} decodes {rate(figures)} tokens a second; there is no other {name} method in "
@@ -84,6 +85,24 @@ def _sentence(name: str, own: Mapping[str, Mapping[str, Any]], use: str) -> str:
     over = " and ".join(_times(one, baseline, first=not number)
                         for number, (baseline, one) in enumerate(speedups.items()))
     return f"{use} {best}: it decodes {rate(figures)} tokens a second, {over}{_tokens(figures)}."
+
+
+def _why_not(own: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Where no speculation is surely faster than plain decoding: what a round of the fastest brings, and takes."""
+    plain = next((label for label, figures in own.items() if figures.get("kind") in ("greedy", "sample")), "")
+    over = {label: figures["speedup"].get(plain) or {} for label, figures in own.items()
+            if figures.get("kind") == "speculative" and (figures.get("mean_accepted_length") or 1) > 1}
+    times = {label: shown(one)[0] or 0.0 for label, one in over.items()}
+    if not any(times.values()) or any(times[label] > 1 and not no_difference(one) for label, one in over.items()):
+        return []
+    label = max(times, key=times.__getitem__)
+    length, figures = own[label]["mean_accepted_length"], own[label]
+    shares = ""
+    if figures.get("draft_share") is not None and figures.get("verify_share") is not None:
+        shares = f" ({figures['draft_share']:.0%} drafting, {figures['verify_share']:.0%} verifying)"
+    return [f"{label} is not surely faster than {plain}: a round brings {length:.2f} tokens and takes "
+            f"{length / times[label]:.2f} plain steps{shares}. specbeam forecast says which draft and length would "
+            "pay, docs/slower.md what to do."]
 
 
 def _against(speedup: Mapping[str, Any], baseline: str) -> str:
