@@ -220,6 +220,15 @@ def test_rounds_without_a_proposal_are_learned_from_together(alike):
     assert learned_from(alike) == 6, "a pause may begin"
 
 
+def test_rounds_that_are_not_learned_from_yet_are_counted_among_those_that_may_be_lost(alike):
+    nothing = Proposal([[]], [[]], None, ["draft_model"], [""], [[]], forwards=1)
+    alike.learned.credit = 2.0
+    for _ in range(3):
+        alike.round_done(nothing, [[]], [1], [0.0, 1.0, 1.1], 1)
+    assert learned_from(alike) == 0
+    assert alike.limits([8]) == [3] and alike.learned.blind == 0
+
+
 def test_an_answer_is_not_charged_for_the_width_that_it_begins_with(alike, monkeypatch):
     nets: list[float] = []
     monkeypatch.setattr(Learned, "paid", lambda self, net, rows: nets.append(net))

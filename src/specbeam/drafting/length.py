@@ -394,7 +394,7 @@ class Length:
         """The next rounds are like this one whatever comes, as many as cannot use up the credit: a thought between two
         forwards takes 4 % of a small model's round."""
         if self.costs.asking.settled:
-            self.learned.blind = ceil(self.learned.credit / _MOST_LOSS) - 1 - len(self.rounds)
+            self.learned.blind = max(0, ceil(self.learned.credit / _MOST_LOSS) - 1 - len(self.rounds))
 
     def _hear(self) -> None:
         """Learn from the rounds there were. Between forwards caches are cold: of those that proposed nothing, and of
