@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 import transformers as hf
@@ -13,6 +15,7 @@ from tiny import _BASE, EOS, NAMES, VOCABULARY, build, left_padded, prompts, tin
 
 from specbeam import InputError, acceptance, greedy_generate, speculative_generate
 from specbeam.drafting.draft_model import DraftModel
+from specbeam.drafting.length import Length
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using the model-agnostic", "ignore:Unfeasible length")
 
@@ -287,3 +290,9 @@ def test_bf16_differs_only_where_the_two_best_logits_are_nearly_equal():
             ids = torch.tensor([[*row.tolist(), *ours[:place]]])
             logits = target(ids).logits[0, -1].float()
             assert logits.topk(2).values.diff().abs() < 0.02 * logits.abs().max()
+
+
+def test_what_auto_decides_when_an_answer_ends_is_not_its_time(monkeypatch):
+    monkeypatch.setattr(Length, "ends", lambda self: time.sleep(1.0))
+    out = speculative_generate(model("llama"), good_draft("llama"), ROWS[:1], draft_length="auto", max_new_tokens=2)
+    assert out.trace[0].decode_seconds < 1.0

@@ -222,10 +222,10 @@ def test_rounds_without_a_proposal_are_learned_from_together(alike):
 
 def test_rounds_that_are_not_learned_from_yet_are_counted_among_those_that_may_be_lost(alike):
     nothing = Proposal([[]], [[]], None, ["draft_model"], [""], [[]], forwards=1)
-    alike.learned.credit = 2.0
     for _ in range(3):
         alike.round_done(nothing, [[]], [1], [0.0, 1.0, 1.1], 1)
     assert learned_from(alike) == 0
+    alike.learned.credit = 2.0
     assert alike.limits([8]) == [3] and alike.learned.blind == 0
 
 
@@ -241,3 +241,35 @@ def test_an_answer_is_not_charged_for_the_width_that_it_begins_with(alike, monke
         went(alike, 2, changed=True)
     alike.ends()
     assert nets[0] > nets[1]
+
+
+@pytest.mark.parametrize("credit", [0.5, 1.0, 1.5, 2.0, 3.0])
+def test_a_pause_does_not_come_later_for_rounds_that_are_learned_from_together(alike, credit):
+    """A draft forward for nothing takes a plain round."""
+    dear = Proposal([[]], [[]], None, ["draft_model"], [""], [[]], forwards=1)
+    for _ in range(15):
+        alike.costs.drafted(1, 1, 1.0)
+    alike.costs.hear()
+    alike.learned.credit, rounds = credit, 0
+    loss = alike.costs.usual(1, 1, 1) - 1
+    while not alike.idle:
+        alike.round_done(dear, [[]], [1], [1.0, 1.0, 2.0], 1)
+        rounds += 1
+    assert rounds == ceil(credit / min(1.0, loss))
+
+
+def test_an_answer_that_ends_by_length_decides_the_next_one_too(alike):
+    alike.limits([8])
+    went(alike, 3)
+    alike.limits([2])
+    went(alike, 2)
+    alike.ends()
+    assert alike.learned.blind > 0
+
+
+def test_where_no_width_is_kept_it_is_always_asked(chosen):
+    """What asking spares is known by the padded forward of a round that stopped early: there is none."""
+    chosen.wide = 0
+    for _ in range(6):
+        chosen.limits([8])
+        assert chosen.asks and not chosen.full

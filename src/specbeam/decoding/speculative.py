@@ -125,8 +125,9 @@ def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
         stay, since, ended = batch.retire(), ended or start, None
         new = batch.admit()
         if not batch.live:
+            output = batch.output(drafts=True)
             length.ends()
-            return batch.output(drafts=True)
+            return output
         if stay:
             kept = tree.keep_rows(stay)
             if chains is None:

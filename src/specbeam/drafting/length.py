@@ -180,7 +180,7 @@ class Length:
         self.depths: tuple[Prices, list[tuple[int, float]]] | None = None  # where to end, and what that costs
         self.rest = 0  # plain rounds from here on that need no more thought
         self.full, self.spared = 0, 0.0  # if a round is like the last one: its depth; plain rounds that asking spared
-        self.began = False  # there was a round
+        self.began = self.alike = False  # there was a round; one of the usual depth
         self.rounds: list[_Round] = []  # not learned from yet
         self.wide = self.column = 0  # tokens of the target's last forward (0: any is as good), and proposed in this one
         if settings.costs:
@@ -202,7 +202,7 @@ class Length:
         if self.auto and self.learned.blind and self.chains and len(most) == 1 and most[0] >= self.learned.depth and (
                 not self.began or self.learned.depth == self.wide - 1):
             self.learned.blind -= 1
-            self.full, self.asks, self.why = self.learned.depth, False, ["not worth its time"]
+            self.full, self.asks, self.alike, self.why = self.learned.depth, False, True, ["not worth its time"]
             return [self.full]
         if self.auto:
             self.learned.blind = 0
@@ -225,8 +225,8 @@ class Length:
                 if self.costs.few:
                     return [min(_CAUTIOUS, n) for n in most]
             deepest = self._deepest()
-            if len(most) == 1 and most[0] >= deepest and self._steady(deepest):
-                self.full, self.asks = deepest, self.costs.asking.next(deepest)
+            if len(most) == 1 and self.wide and most[0] >= deepest and self._steady(deepest):
+                self.full, self.asks, self.alike = deepest, self.costs.asking.next(deepest), True
                 if not self.asks:
                     self._go_on()
             self._stop([True] * len(most), [n <= deepest for n in most], "not worth its time")
@@ -376,8 +376,8 @@ class Length:
         self.rounds.append(_Round(proposal, paths, committed, seconds, new, changed, charged, self.full, self.asks,
                                   self.spared, self.last))
         nothing = proposal is not None and not any(proposal.tokens)
-        if not self.learned.blind and (len(self.rounds) >= _TOGETHER or not nothing or len(committed) > 1
-                                       or self.learned.credit < _MOST_LOSS):
+        most = min(_TOGETHER, self.learned.credit / _MOST_LOSS) if nothing and len(committed) == 1 else 1
+        if not self.learned.blind and len(self.rounds) >= most:
             self._hear()
 
     def ends(self) -> None:
@@ -385,7 +385,7 @@ class Length:
         self._hear()
         if self.auto:
             self.learned.blind = 0
-        if self.full:
+        if self.alike:
             self.prices = self.costs.prices(1)
             if self._steady(self._deepest()):
                 self._go_on()

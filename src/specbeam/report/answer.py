@@ -89,7 +89,8 @@ def _sentence(name: str, own: Mapping[str, Mapping[str, Any]], use: str) -> str:
 
 def _why_not(own: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Where no speculation is surely faster than plain decoding: what a round of the fastest brings, and takes."""
-    plain = next((label for label, figures in own.items() if figures.get("kind") in ("greedy", "sample")), "")
+    plain = next((label for label, figures in own.items() if figures.get("kind") in ("greedy", "sample")
+                  and any(label in other["speedup"] for other in own.values())), "")
     over = {label: figures["speedup"].get(plain) or {} for label, figures in own.items()
             if figures.get("kind") == "speculative" and (figures.get("mean_accepted_length") or 1) > 1}
     times = {label: shown(one)[0] or 0.0 for label, one in over.items()}
