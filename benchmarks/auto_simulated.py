@@ -118,6 +118,7 @@ def decode(world: World, answers: list[Answer], gamma: int | str, pair: tuple[Mo
                               world.changed)
             live = [(answer, at + n + 1) for n, (answer, at) in zip(right, live, strict=True)]
         live = [(answer, at) for answer, at in live if at < answer.tokens]
+    length.ends()
     return clock
 
 

@@ -92,6 +92,7 @@ def test_a_round_that_does_not_ask_proposes_the_usual_depth(chosen):
 
 
 @pytest.mark.parametrize("change", [
+    lambda chosen: setattr(chosen, "wide", 0),  # what asking spares is known by a padded forward
     lambda chosen: setattr(chosen.learned, "credit", 1.0), lambda chosen: setattr(chosen, "chains", False),
     lambda chosen: setattr(chosen, "frozen", True)])
 def test_it_asks_where_one_round_is_not_like_the_next(chosen, change):
@@ -99,7 +100,7 @@ def test_it_asks_where_one_round_is_not_like_the_next(chosen, change):
     change(chosen)
     for _ in range(6):
         chosen.limits([8])
-        assert chosen.asks
+        assert chosen.asks and not chosen.full
 
 
 def test_a_row_among_others_is_always_asked(chosen):
@@ -194,10 +195,10 @@ def test_the_next_answer_begins_as_this_one_went(alike):
     assert learned_from(alike) == 0
     alike.ends()
     assert learned_from(alike) == 1
-    length, alike.settings = Length(alike.settings, alike.target, Pair(), 1), alike.settings
-    length.learned, length.costs = alike.learned, alike.costs
-    assert length.limits([8]) == [3] and length.why == ["not worth its time"]
-    assert length.prices == Prices(), "nothing was worked out"
+    following = Length(alike.settings, alike.target, Pair(), 1)
+    following.learned, following.costs, following.chains = alike.learned, alike.costs, True
+    assert following.limits([8]) == [3] and following.why == ["not worth its time"]
+    assert following.prices == Prices(), "nothing was worked out"
 
 
 def test_nobody_goes_on_unseeing_where_the_next_round_may_be_another(alike):
@@ -265,11 +266,3 @@ def test_an_answer_that_ends_by_length_decides_the_next_one_too(alike):
     went(alike, 2)
     alike.ends()
     assert alike.learned.blind > 0
-
-
-def test_where_no_width_is_kept_it_is_always_asked(chosen):
-    """What asking spares is known by the padded forward of a round that stopped early: there is none."""
-    chosen.wide = 0
-    for _ in range(6):
-        chosen.limits([8])
-        assert chosen.asks and not chosen.full

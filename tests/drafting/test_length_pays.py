@@ -62,6 +62,8 @@ def answer(length: Length | int, rows: int, sure: list[float], random: Random, s
             length.round_done(proposal, [range(kept) for kept in right], [kept + 1 for kept in right],
                               [*times, sum(times)], 1 + width)
         left = [one for one in after if one > 0]
+    if auto:
+        length.ends()
     return seconds
 
 

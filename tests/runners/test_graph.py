@@ -120,7 +120,7 @@ def test_nothing_that_is_recorded_waits_for_the_device(keeps, caplog):
     """Older versions of transformers take positions that are common to all rows, which only the host can find."""
     target = model("llama")
     if keeps == "row" and adapt(target).keeps != "row":
-        pytest.skip("an older transformers")
+        pytest.skip("the installed transformers is an older one: it takes no index of each row")
     tree = TokenTree(replace(adapt(target), runner=graph.runner("graph", Recorder()), keeps=keeps), 2, 64)
     with torch.inference_mode():
         tree.extend(tree.tips([0, 0]), chain([[5, 6, 7], [8, 9]], tree.device))

@@ -382,9 +382,10 @@ class Length:
 
     def ends(self) -> None:
         """The batch has ended: what is learned and decided now takes no answer's time."""
+        if not self.auto:
+            return
         self._hear()
-        if self.auto:
-            self.learned.blind = 0
+        self.learned.blind = 0
         if self.alike:
             self.prices = self.costs.prices(1)
             if self._steady(self._deepest()):

@@ -89,16 +89,17 @@ def _sentence(name: str, own: Mapping[str, Mapping[str, Any]], use: str) -> str:
 
 def _why_not(own: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Where no speculation is surely faster than plain decoding: what a round of the fastest brings, and takes."""
-    plain = next((label for label, figures in own.items() if figures.get("kind") in ("greedy", "sample")
-                  and any(label in other["speedup"] for other in own.values())), "")
-    over = {label: figures["speedup"].get(plain) or {} for label, figures in own.items()
-            if figures.get("kind") == "speculative" and (figures.get("mean_accepted_length") or 1) > 1}
+    drafted = {label: figures for label, figures in own.items()
+               if figures.get("kind") == "speculative" and (figures.get("mean_accepted_length") or 1) > 1}
+    plain = next((baseline for figures in drafted.values() for baseline in figures["speedup"]
+                  if own.get(baseline, {}).get("kind") in ("greedy", "sample")), "")
+    over = {label: figures["speedup"].get(plain) or {} for label, figures in drafted.items()}
     times = {label: shown(one)[0] or 0.0 for label, one in over.items()}
     if not any(times.values()) or any(times[label] > 1 and not no_difference(one) for label, one in over.items()):
         return []
     label = max(times, key=times.__getitem__)
-    length, figures = own[label]["mean_accepted_length"], own[label]
-    shares = ""
+    figures, shares = drafted[label], ""
+    length = figures["mean_accepted_length"]
     if figures.get("draft_share") is not None and figures.get("verify_share") is not None:
         shares = f" ({figures['draft_share']:.0%} drafting, {figures['verify_share']:.0%} verifying)"
     return [f"{label} is not surely faster than {plain}: a round brings {length:.2f} tokens and takes "

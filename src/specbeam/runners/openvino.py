@@ -430,7 +430,7 @@ def _count(numbers: int) -> np.ndarray:
 
 def _below(new: int) -> np.ndarray:
     """What is added to the scores of a chain's tokens: each one sees itself and those before it."""
-    return _short_below(new) if new <= _MOST_NEW else _ADDED[np.tri(new, dtype=np.int8)]
+    return (_short_below if new <= _MOST_NEW else _short_below.__wrapped__)(new)
 
 
 @lru_cache(_MOST_NEW)
