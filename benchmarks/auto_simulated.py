@@ -5,7 +5,7 @@
 Where speculation gains a tenth, a busy machine's noise hides what a decision costs; here two rules can be told apart in
 seconds. First (once; kept in --record) the draft's proposal behind every prefix of the target's answers is recorded,
 with its confidences. Then answers are decoded in a world whose forwards take the seconds of two CPU cores with the
-bundled pair (2026-11-29), with noise, drift and a price for another width, by the very `Length` that decodes.
+bundled pair (2026-11-30), with noise, drift and a price for another width, by the very `Length` that decodes.
 The table: over plain decoding, of auto and of fixed lengths, and auto over the best of them all.
 """
 
@@ -65,8 +65,8 @@ class World:
 
     def noisy(self, milliseconds: float) -> float:
         self.drift += self.random.gauss(0, 0.008) - 0.005 * (self.drift - 1)
-        slow = 1.5 if self.random.random() < 0.01 else 1.0
-        return milliseconds / 1e3 * self.drift * self.random.lognormvariate(0, 0.06) * slow
+        slow = self.random.uniform(1.2, 2.2) if self.random.random() < 0.04 else 1.0
+        return milliseconds / 1e3 * self.drift * self.random.lognormvariate(0, 0.08) * slow
 
     def target(self, rows: int, new: int, exact: bool = False) -> float:
         kept = self.wide if self.rows == rows else 0
@@ -76,11 +76,11 @@ class World:
         self.changed = (rows, kept) != (self.rows, self.wide)
         self.rows, self.wide = rows, kept
         tokens = rows * kept
-        return self.noisy(2.0 + 0.22 * min(tokens, 4) + 0.22 * max(0, min(tokens, 9) - 4) + 0.2 * max(0, tokens - 9)
-                          + 0.8 * (tokens > 4) + 0.15 * (kept > 1) + 1.6 * self.changed)
+        return self.noisy(2.15 + 0.07 * min(tokens, 4) + 0.28 * max(0, min(tokens, 9) - 4) + 0.25 * max(0, tokens - 9)
+                          + 1.3 * (tokens > 4) + 0.3 * (kept > 1) + 1.8 * self.changed)
 
     def draft(self, rows: int, first: bool) -> float:
-        return self.noisy(0.73 + 0.17 * (rows - 1) if first else 0.42 + 0.1 * (rows - 1))
+        return self.noisy(0.68 + 0.17 * (rows - 1) if first else 0.45 + 0.1 * (rows - 1))
 
 
 class Model:
@@ -109,7 +109,8 @@ def decode(world: World, answers: list[Answer], gamma: int | str, pair: tuple[Mo
                 drafting, proposal = propose(world, live, limits, length)
                 counts = [len(ids) for ids in proposal.tokens]
             verify = world.target(len(live), max(counts) + 1)
-            beside = world.noisy(0.03 + (0.02 + 0.02 * length.asks) * length.auto)
+            thinks = length.auto and not length.learned.blind
+            beside = world.noisy(0.05 + 0.06 * thinks + 0.03 * (length.auto and length.asks))
             right = [min(n, answer.chains[at - 1][1]) for n, (answer, at) in zip(counts, live, strict=True)]
             seconds = [drafting, verify, drafting + verify + beside]
             clock += seconds[2]
