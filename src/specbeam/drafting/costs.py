@@ -180,7 +180,7 @@ class Costs:
             plain = [shape for shape in self.target if shape[1:] == (1, 0)]
             least = min(plain or self.target)
             one, tokens = median(self.target[least]), least[0] * least[1]
-            drawn = [(0.0, 0.0), (2.0, 0.05 * one / tokens), (20.0, 0.0), (2.0, 0.0), (0.7, 0.0)]
+            drawn = [(0.0, 0.0), (0.5, 0.05 * one / tokens), (20.0, 0.0), (2.0, 0.0), (0.7, 0.0)]
             drawn += [(0.3, 0.0) for _ in _FEW]  # chains that end before a step are rarely longer
             unit = [1.0, tokens, 8.0 * tokens * tokens, 1.0, 1.0, *(1.0 for _ in _FEW)]
             points = [(_features(*shape), self._weight(some), median(some)) for shape, some in self.target.items()]

@@ -52,7 +52,7 @@ _CAUTIOUS = 2  # tokens that are proposed until it is known what longer forwards
 _LASTS = 2  # rounds that share what a change of width costs
 _STAYS = 1.2  # another depth must promise to be so much faster: what is accepted of late is a matter of luck, too
 _DOUBTS = 4  # tries in a row that are declined until what they would cost is measured anew
-_STEP = 0.02  # plain rounds that a step in the target's costs is worth looking at
+_STEP = 0.05  # plain rounds that a step in the target's costs is worth looking at
 _TOGETHER = 4  # rounds whose proposals are learned from together; at first an eighth of all
 _MEASURED = 3  # plain rounds that are measured one after the other
 
