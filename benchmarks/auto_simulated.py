@@ -76,8 +76,8 @@ class World:
         self.changed = (rows, kept) != (self.rows, self.wide)
         self.rows, self.wide = rows, kept
         tokens = rows * kept
-        return self.noisy(2.15 + 0.07 * min(tokens, 4) + 0.28 * max(0, min(tokens, 9) - 4) + 0.25 * max(0, tokens - 9)
-                          + 1.3 * (tokens > 4) + 0.3 * (kept > 1) + 1.8 * self.changed)
+        return self.noisy(2.35 + 0.07 * min(tokens, 4) + 0.28 * max(0, min(tokens, 9) - 4) + 0.25 * max(0, tokens - 9)
+                          + 1.3 * (tokens > 4) + 0.15 * (kept > 1) + 1.8 * self.changed)
 
     def draft(self, rows: int, first: bool) -> float:
         return self.noisy(0.68 + 0.17 * (rows - 1) if first else 0.45 + 0.1 * (rows - 1))
@@ -90,6 +90,7 @@ class Model:
 def decode(world: World, answers: list[Answer], gamma: int | str, pair: tuple[Model, Model]) -> float:
     """Seconds of decoding these prompts as one batch; gamma 0: plainly."""
     live, clock = [(answer, 1) for answer in answers if answer.tokens > 1], 0.0
+    world.wide = world.rows = 0  # prompts were read
     settings = Settings(draft_length=gamma or 1)
     length = Length(settings, *pair, len(live), NEW, max(answer.prompt for answer in answers))
     while live:

@@ -106,8 +106,8 @@ def test_auto_falls_back_to_plain_rounds_and_tries_again_ever_later(target, draf
     chosen = auto(target, draft)
     plain_rounds(chosen)
     waits = tries(chosen, 1200, kept=0, of=4, seconds=1.5)
-    assert waits[:12] == [0] * 8 + [12, 36, 64, 64], "a round loses half a plain one: eight use the credit up"
-    assert set(waits[12:]) == {64}, "and one that of a try"
+    assert waits[:18] == [0] * 14 + [12, 36, 64, 64], "a round loses half a plain one: fourteen use the credit up"
+    assert set(waits[18:]) == {64}, "and one that of a try"
 
 
 @pytest.mark.parametrize("seconds", [1.2, 1.5, 2.0])
@@ -126,7 +126,7 @@ def test_looking_up_in_vain_is_given_up_too(target):
     while chosen.limits([8])[0] or chosen.why == ["measuring plain"]:
         rounds += 1
         chosen.round_done(None if chosen.why == ["measuring plain"] else nothing, [[]], [1], [0.02, 1.0, 1.0], 1)
-    assert chosen.why == ["does not pay"] and 150 < rounds < 250, "two hundredths a round, of a credit of four"
+    assert chosen.why == ["does not pay"] and 300 < rounds < 400, "two hundredths a round, of a credit of seven"
 
 
 def test_a_single_slow_round_is_not_held_against_proposals(target, draft):

@@ -14,7 +14,7 @@ it cost. At 0 the batch decodes plainly for 12 rounds and tries again; each try 
 times as long, up to 64 rounds, each that pays begins anew with 12. A pause that would end within an answer ends at its
 beginning, where the draft reads the prompt outside decoding; in an answer that begins within a pause, it reads nothing
 until it is needed.
-Too little credit stops by bad luck what gains a tenth; too much is lost where texts change (docs/log.md, 2026-11-29).
+Too little credit stops by bad luck what gains a tenth; too much is lost where texts change (docs/log.md, 2026-11-30).
 What was learned stays with the pair of models, from prompt to prompt; `costs` freezes it in a file.
 
 Where one round is like the next, it may not ask for confidences at all (asking.py), and some follow without a thought.
@@ -44,7 +44,8 @@ UNKNOWN = 0.5  # the confidence of drafters that have none: they are judged by w
 _BUCKETS = 10
 _MEMORY = 0.995  # of what was accepted, per round: texts change
 _LATELY = 1 / 12  # weight of the newest token in the usual acceptance
-_MOST_CREDIT = 4.0  # plain rounds of one row: what a text that has begun to go badly may cost
+_MOST_CREDIT = 7.0  # plain rounds of one row: what a text that has begun to go badly may cost
+_STEADY = 2.0  # credit, from which on one round is like the next
 _MOST_LOSS = 1.0  # that one round is charged with: it may have been slow for other reasons
 _TRY = 0.3  # credit of a try
 _SHORTEST_WAIT, _LONGER, _LONGEST_WAIT = 12, 3, 64  # plain rounds; by how much the next pause is longer
@@ -114,7 +115,7 @@ class Learned:
 
     def paid(self, net: float, rows: int) -> None:
         """A round with proposals brought `net` plain rounds more than it cost. Of many rows, less is luck."""
-        most = _MOST_CREDIT / rows**0.5
+        most = _MOST_CREDIT / rows  # as the variance of what a round brings
         self.credit = min(self.credit + max(net, -_MOST_LOSS), most)
         if self.credit <= 0:
             # A try begins with reading every row's prompt.
@@ -237,7 +238,7 @@ class Length:
         """Whether a draft model's proposals pay up to a step in the target's costs, so that one round is like the next.
         """
         return (deepest < self.settings.depth and not self.frozen and self.settings.drafter == "draft_model"
-                and self.learned.credit >= _MOST_CREDIT / 2)
+                and self.learned.credit >= _STEADY)
 
     def _deepest(self) -> int:
         """How deep proposals go: up to where the target's next tokens cost a step more, unless it pays to go on. Of
