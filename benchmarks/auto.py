@@ -4,9 +4,9 @@
 
 Workloads: the bundled prompts; Spec-Bench's six categories, five prompts each; deliberately bad drafts (a randomly
 initialised one; a text in which nothing can be looked up: no pair of tokens may come twice). Each batch of prompts is
-answered by plain greedy decoding, auto and the fixed lengths one after the other, in rotating order. Every answer's
-tokens are checked against plain greedy decoding's. Rows go to --out as they come, and the same command goes on where
-it stopped (after --seconds); what auto has learned is then learned anew in a warm-up that is not counted. A batch
+answered by plain greedy decoding, auto and the fixed lengths, each of which follows every other equally often. Every
+answer's tokens are checked against plain greedy decoding's. Rows go to --out as they come, and the same command goes on
+where it stopped (after --seconds); what auto has learned is then learned anew in a warm-up that is not counted. A batch
 during which other processes used a twentieth of the processors (as Linux counts it) is measured again.
 
 The bar: the 95 % interval of auto over plain decoding does not lie below 0.98, and that of auto over the best fixed
@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM
 
 import specbeam
 from specbeam.decoding import METHODS
+from specbeam.experiment.plan import in_turn
 from specbeam.experiment.prompts import BUNDLED, Prompt, read_prompts
 from specbeam.experiment.rows import accepted_by_position
 from specbeam.experiment.statistics import summarise
@@ -99,8 +100,7 @@ def measure(out: Path, spec_bench: str | None, sizes: list[int], repeats: int, n
                         turns = [-1, -1, *turns]
                     while turns:
                         rows, order, began_at = [], list(methods), (time.perf_counter(), others())
-                        shift = max(turns[0], 0) % len(order)
-                        for method in order[shift:] + order[:shift]:
+                        for method in (order[place] for place in in_turn(len(order), max(turns[0], 0))):
                             settings = dict(methods[method] or {})
                             model = drafts[settings.pop("draft", None)]
                             kind = "greedy" if methods[method] is None else "speculative"

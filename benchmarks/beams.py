@@ -25,6 +25,7 @@ import specbeam
 from specbeam.decoding import METHODS
 from specbeam.engine import tree
 from specbeam.engine.support import adapt, evaluating
+from specbeam.experiment.plan import in_turn
 from specbeam.experiment.prompts import BUNDLED, read_prompts
 from specbeam.experiment.records import peak_memory, reset_peak_memory
 
@@ -76,8 +77,7 @@ def measure(dtype: str, runner: str, repeats: int, widths: list[int], count: int
         rounds: dict[str, list[Any]] = {label: [] for label in chosen}
         for repeat in range(-1, repeats):  # the first is a warm-up
             for number, prompt in enumerate(prompts):
-                labels = list(chosen)
-                for label in labels[number % len(labels):] + labels[: number % len(labels)]:
+                for label in (list(chosen)[place] for place in in_turn(len(chosen), max(repeat, 0) + number)):
                     kind, options = chosen[label]
                     models = (target, draft) if METHODS[kind].speculates else (target,)
                     forwards[0], start = 0.0, perf_counter()

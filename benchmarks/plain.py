@@ -22,6 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 import specbeam
+from specbeam.experiment.plan import in_turn
 from specbeam.experiment.prompts import BUNDLED, read_prompts
 from specbeam.runners.choose import use_runner
 
@@ -116,8 +117,8 @@ def interleaved(runs: dict[str, Run], rounds: int, per_round: int) -> dict[str, 
     """Medians of each, and of its ratio to the others within a round."""
     seen: dict[str, list[Any]] = {label: [] for label in runs}
     for turn in range(-1, rounds):  # the first is a warm-up
-        for label, run in runs.items():
-            result = run()
+        for label in (list(runs)[place] for place in in_turn(len(runs), max(turn, 0))):
+            result = runs[label]()
             if turn >= 0:
                 seen[label].append(result)
     found = {}

@@ -25,6 +25,7 @@ import specbeam
 from specbeam.decoding import METHODS
 from specbeam.engine.support import adapt, evaluating
 from specbeam.engine.tree import TokenTree, chain
+from specbeam.experiment.plan import in_turn
 from specbeam.experiment.prompts import BUNDLED, read_prompts
 from specbeam.runners.chains import Shape
 from specbeam.runners.choose import use_runner
@@ -143,7 +144,8 @@ def main() -> None:
     steps: dict[str, list[float]] = {}
     for turn in range(-1, chosen.rounds):  # the first is a warm-up
         for number, prompt in enumerate(prompts):
-            for label, (kind, own) in labels.items():
+            for label in (list(labels)[place] for place in in_turn(len(labels), max(turn, 0) + number)):
+                kind, own = labels[label]
                 if kind == "defaults":
                     tokens, took = defaults(target, draft, prompt, chosen.new)
                 else:

@@ -4,8 +4,9 @@
     python benchmarks/peers/compare.py WORK [--section plain|speculation|beams|batch] [--rounds 5] [--out FILE.json]
 
 Each engine is a process of its own that stays; only one computes at a time. A round is every method of every engine
-once, in an order that rotates; tokens a second are new tokens ÷ seconds of a call, prefill included, and the table
-gives medians over the rounds after one warm-up. Tokens are held against transformers' plain greedy (or beams).
+once, in an order in which each follows every other equally often; tokens a second are new tokens ÷ seconds of a call,
+prefill included, and the table gives medians over the rounds after one warm-up. Tokens are held against transformers'
+plain greedy (or beams).
 Prompts are the bundled ones whose greedy answer is at least as long as asked for: every engine does the same work.
 """
 
@@ -20,6 +21,8 @@ import time
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from specbeam.experiment.plan import in_turn
 
 HERE = Path(__file__).resolve().parent
 SETTLE = 0.2  # seconds between calls: threads of the engine before stop spinning
@@ -106,7 +109,7 @@ def measure(engines: dict[str, Engine], section: str, prompts: list[list[int]], 
     tokens: dict[tuple[str, str], list[list[int]]] = {}
     errors: dict[tuple[str, str], str] = {}
     for number in range(-1, rounds):  # the first is a warm-up
-        for job in jobs[number % len(jobs):] + jobs[: number % len(jobs)]:
+        for job in (jobs[place] for place in in_turn(len(jobs), max(number, 0))):
             if job in errors:
                 continue
             seconds, rows = 0.0, []

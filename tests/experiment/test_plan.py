@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
 from specbeam.errors import InputError
-from specbeam.experiment.plan import Plan, make_plan
+from specbeam.experiment.plan import Plan, in_turn, make_plan
 
 CONFIG: dict[str, Any] = {
     "target": {"path": "bundled"},
@@ -71,6 +72,15 @@ def test_methods_are_interleaved_prompt_by_prompt_and_none_is_always_first() -> 
         assert len({cell.prompts[0].id for cell in group}) == 1
         assert {cell.method.label for cell in group} == set(CONFIG["methods"])
     assert len({group[0].method.label for group in groups}) == 4
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 6])
+def test_each_method_has_every_place_and_follows_every_other_equally_often(count: int) -> None:
+    orders = [in_turn(count, number) for number in range(count * (1 + count % 2))]
+    places = Counter(place for order in orders for place in enumerate(order))
+    following = Counter(pair for order in orders for pair in pairwise(order))
+    assert len(places) == count**2 and len(set(places.values())) == 1
+    assert len(following) == count * (count - 1) and len(set(following.values())) <= 1
 
 
 def test_a_batch_holds_prompts_of_one_turn() -> None:
