@@ -11,9 +11,9 @@ forward), and the weights w, 1 in all, say which row will end last: a batch take
 
 Whether to draft at all is a matter of credit: each round with proposals adds the tokens that it brought and takes what
 it cost. At 0 the batch decodes plainly for 12 rounds and tries again; each try that fails makes the next pause three
-times as long, up to 64 rounds, each that pays begins anew with 12. A pause that would end within an answer ends at its
-beginning, where the draft reads the prompt outside decoding; in an answer that begins within a pause, it reads nothing
-until it is needed.
+times as long, up to 64 rounds (256 after eight in a row), each that pays begins anew with 12. A pause that would end
+within an answer ends at its beginning, where the draft reads the prompt outside decoding; in an answer that begins
+within a pause, it reads nothing until it is needed.
 Too little credit stops by bad luck what gains a tenth; too much is lost where texts change (docs/log.md, 2026-11-30).
 What was learned stays with the pair of models, from prompt to prompt; `costs` freezes it in a file.
 
@@ -49,6 +49,7 @@ _STEADY = 2.0  # credit, from which on one round is like the next
 _MOST_LOSS = 1.0  # that one round is charged with: it may have been slow for other reasons
 _TRY = 0.3  # credit of a try
 _SHORTEST_WAIT, _LONGER, _LONGEST_WAIT = 12, 3, 64  # plain rounds; by how much the next pause is longer
+_PATIENT, _LAST_WAIT = 8, 256  # tries in a row that may fail; plain rounds of a pause after that
 _CAUTIOUS = 2  # tokens that are proposed until it is known what longer forwards cost
 _LASTS = 2  # rounds that share what a change of width costs
 _STAYS = 1.2  # another depth must promise to be so much faster: what is accepted of late is a matter of luck, too
@@ -69,6 +70,7 @@ class Learned:
     credit: float = _MOST_CREDIT
     wait: int = _SHORTEST_WAIT  # plain rounds before the next try, of one row
     left: int = 0  # of them
+    failed: int = 0  # tries in a row
     depth: int = 0  # how deep chains went the last time; 0: nothing to choose from
     blind: int = 0  # rounds of one row that will be of this depth, whatever comes
     trying: bool = False  # nothing was proposed since the last pause
@@ -119,10 +121,12 @@ class Learned:
         self.credit = min(self.credit + max(net, -_MOST_LOSS), most)
         if self.credit <= 0:
             # A try begins with reading every row's prompt.
-            self.left, self.credit = min(int(self.wait * rows**0.5), _LONGEST_WAIT), _TRY / rows**0.5
-            self.wait, self.trying = min(_LONGER * self.wait, _LONGEST_WAIT), True
+            self.failed += 1
+            longest = _LONGEST_WAIT if self.failed <= _PATIENT else _LAST_WAIT
+            self.left, self.credit = min(int(self.wait * rows**0.5), longest), _TRY / rows**0.5
+            self.wait, self.trying = min(_LONGER * self.wait, longest), True
         elif self.credit >= most / 2:
-            self.wait = _SHORTEST_WAIT
+            self.wait, self.failed = _SHORTEST_WAIT, 0
 
 
 _known: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict[tuple, Any]]] = WeakKeyDictionary()
