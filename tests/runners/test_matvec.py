@@ -48,6 +48,14 @@ def test_a_product_that_is_added(columns):
     torch.testing.assert_close(matvec.product(*given), fuse._product(*given), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("added", [False, True], ids=["alone", "added"])
+def test_programs_that_begin_one_after_the_other(added):
+    given = (some(1, 1, 520), None, None, None, 0.0, False, [some(56, 520) * 520**-0.5], [None], "",
+             some(1, 1, 56) if added else None, True)
+    late, at_once = (matvec.product(*given, tile=matvec.Tiling(8, 512, 2, spread=spread)) for spread in (20000, 0))
+    assert torch.equal(late, at_once)
+
+
 def test_a_norm_that_is_added():
     given = (some(1, 1, 96), some(96), some(1, 1, 96, seed=1), 1e-6, True, False)
     torch.testing.assert_close(matvec.join(*given), fuse._join(*given), rtol=1e-5, atol=1e-5)
