@@ -105,10 +105,10 @@ def tries(chosen: Length, rounds: int, kept: int, of: int, seconds: float) -> li
 def test_auto_falls_back_to_plain_rounds_and_tries_again_ever_later(target, draft):
     chosen = auto(target, draft)
     plain_rounds(chosen)
-    waits = tries(chosen, 2000, kept=0, of=4, seconds=1.5)
+    waits = tries(chosen, 4000, kept=0, of=4, seconds=1.5)
     assert waits[:18] == [0] * 14 + [12, 36, 64, 64], "a round loses half a plain one: fourteen use the credit up"
-    assert waits[18:24] == [64, 64, 64, 64, 64, 192], "and one that of a try: after eight it is hardly worth another"
-    assert set(waits[24:]) == {256}
+    assert waits[18:40] == [64] * 21 + [192], "and one that of a try: after 24 it is hardly worth another"
+    assert set(waits[40:]) == {256}
 
 
 @pytest.mark.parametrize("seconds", [1.2, 1.5, 2.0])

@@ -11,7 +11,7 @@ forward), and the weights w, 1 in all, say which row will end last: a batch take
 
 Whether to draft at all is a matter of credit: each round with proposals adds the tokens that it brought and takes what
 it cost. At 0 the batch decodes plainly for 12 rounds and tries again; each try that fails makes the next pause three
-times as long, up to 64 rounds (256 after eight in a row), each that pays begins anew with 12. A pause that would end
+times as long, up to 64 rounds (256 after 24 in a row), each that pays begins anew with 12. A pause that would end
 within an answer ends at its beginning, where the draft reads the prompt outside decoding; in an answer that begins
 within a pause, it reads nothing until it is needed.
 Too little credit stops by bad luck what gains a tenth; too much is lost where texts change (docs/log.md, 2026-11-30).
@@ -49,7 +49,7 @@ _STEADY = 2.0  # credit, from which on one round is like the next
 _MOST_LOSS = 1.0  # that one round is charged with: it may have been slow for other reasons
 _TRY = 0.3  # credit of a try
 _SHORTEST_WAIT, _LONGER, _LONGEST_WAIT = 12, 3, 64  # plain rounds; by how much the next pause is longer
-_PATIENT, _LAST_WAIT = 8, 256  # tries in a row that may fail; plain rounds of a pause after that
+_PATIENT, _LAST_WAIT = 24, 256  # tries in a row that may fail; plain rounds of a pause after that
 _CAUTIOUS = 2  # tokens that are proposed until it is known what longer forwards cost
 _LASTS = 2  # rounds that share what a change of width costs
 _STAYS = 1.2  # another depth must promise to be so much faster: what is accepted of late is a matter of luck, too
