@@ -4,7 +4,7 @@
 
 Workloads: the bundled prompts; Spec-Bench's six categories, five prompts each; deliberately bad drafts (a randomly
 initialised one; a text in which nothing can be looked up: no pair of tokens may come twice). Each batch of prompts is
-answered by plain greedy decoding, auto and the fixed lengths, each of which follows every other equally often. Every
+answered by plain greedy decoding, auto and the fixed lengths, none of them mostly after the same other. Every
 answer's tokens are checked against plain greedy decoding's. Rows go to --out as they come, and the same command goes on
 where it stopped (after --seconds); what auto has learned is then learned anew in a warm-up that is not counted. A batch
 during which other processes used a twentieth of the processors (as Linux counts it) is measured again.

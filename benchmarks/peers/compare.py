@@ -4,7 +4,7 @@
     python benchmarks/peers/compare.py WORK [--section plain|speculation|beams|batch] [--rounds 5] [--out FILE.json]
 
 Each engine is a process of its own that stays; only one computes at a time. A round is every method of every engine
-once, in an order in which each follows every other equally often; tokens a second are new tokens ÷ seconds of a call,
+once, none always after the same other; tokens a second are new tokens ÷ seconds of a call,
 prefill included, and the table gives medians over the rounds after one warm-up. Tokens are held against transformers'
 plain greedy (or beams).
 Prompts are the bundled ones whose greedy answer is at least as long as asked for: every engine does the same work.

@@ -25,7 +25,7 @@ def test_both_kinds_of_rounds_are_measured_first():
     assert rounds(Asking(), 10, costs=0.1, spares=0.0) == [True, False] * 5
 
 
-@pytest.mark.parametrize(("costs", "spares", "most"), [(0.1, 0.0, 0.1), (0.1, 0.5, 1.0), (-0.1, 0.0, 1.0)])
+@pytest.mark.parametrize(("costs", "spares", "most"), [(0.1, 0.0, 0.3), (0.1, 0.5, 1.0), (-0.1, 0.0, 1.0)])
 def test_most_rounds_are_of_the_kind_that_is_cheaper(costs, spares, most):
     asking = Asking()
     rounds(asking, 40, costs, spares)

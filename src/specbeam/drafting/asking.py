@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from statistics import median
 
 _ENOUGH = 5  # comparisons
-_SELDOM = 16  # every so many rounds one of the other kind
+_OFTEN, _SELDOM = 16, 4  # every so many thoughts one of the other kind: without asking, and, to go on learning, with
 _LATELY = 1 / 16  # weight of the newest round in what was spared
 
 
@@ -39,7 +39,7 @@ class Asking:
             self.lately.clear()
             self.longer.clear()
         self.rounds += 1
-        turn = 2 if self.others < _ENOUGH else _SELDOM
+        turn = 2 if self.others < _ENOUGH else _OFTEN if self.pays else _SELDOM
         if self.rounds < turn:
             return self.pays
         self.rounds, self.others = 0, self.others + 1

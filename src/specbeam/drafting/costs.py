@@ -62,7 +62,7 @@ def _recent() -> deque[Any]:
 
 
 def _shapes() -> defaultdict[tuple[int, ...], Seconds]:
-    return defaultdict(partial(Seconds, maxlen=31))
+    return defaultdict(partial(Seconds, maxlen=15))
 
 
 @dataclass

@@ -11,8 +11,8 @@ forward), and the weights w, 1 in all, say which row will end last: a batch take
 
 Whether to draft at all is a matter of credit: each round with proposals adds the tokens that it brought and takes what
 it cost. At 0 the batch decodes plainly for 12 rounds and tries again; each try that fails makes the next pause three
-times as long, up to 64 rounds (256 after 24 in a row), each that pays begins anew with 12. A pause that would end
-within an answer ends at its beginning, where the draft reads the prompt outside decoding; in an answer that begins
+times as long, up to 64 rounds (256 after 24 pauses in a row), each that pays begins anew with 12. A pause that would
+end within an answer ends at its beginning, where the draft reads the prompt outside decoding; in an answer that begins
 within a pause, it reads nothing until it is needed.
 Too little credit stops by bad luck what gains a tenth; too much is lost where texts change (docs/log.md, 2026-11-30).
 What was learned stays with the pair of models, from prompt to prompt; `costs` freezes it in a file.
@@ -44,12 +44,12 @@ UNKNOWN = 0.5  # the confidence of drafters that have none: they are judged by w
 _BUCKETS = 10
 _MEMORY = 0.995  # of what was accepted, per round: texts change
 _LATELY = 1 / 12  # weight of the newest token in the usual acceptance
-_MOST_CREDIT = 7.0  # plain rounds of one row: what a text that has begun to go badly may cost
+_MOST_CREDIT, _ALONE = 4.0, 7.0  # plain rounds of a row, among several or alone: what may be lost where texts change
 _STEADY = 2.0  # credit, from which on one round is like the next
 _MOST_LOSS = 1.0  # that one round is charged with: it may have been slow for other reasons
 _TRY = 0.3  # credit of a try
-_SHORTEST_WAIT, _LONGER, _LONGEST_WAIT = 12, 3, 64  # plain rounds; by how much the next pause is longer
-_PATIENT, _LAST_WAIT = 24, 256  # tries in a row that may fail; plain rounds of a pause after that
+_SHORTEST_WAIT, _LONGER, _LONG_WAIT = 12, 3, 64  # plain rounds; by how much the next pause is longer
+_PATIENT, _LONGEST_WAIT = 24, 256  # pauses in a row; plain rounds that the next ones may have
 _CAUTIOUS = 2  # tokens that are proposed until it is known what longer forwards cost
 _LASTS = 2  # rounds that share what a change of width costs
 _STAYS = 1.2  # another depth must promise to be so much faster: what is accepted of late is a matter of luck, too
@@ -67,10 +67,10 @@ class Learned:
     tried: list[float] = field(default_factory=lambda: [0.0] * _BUCKETS)  # by confidence
     kept: list[float] = field(default_factory=lambda: [0.0] * _BUCKETS)
     usual: float = UNKNOWN  # of late, of all tokens that the target judged
-    credit: float = _MOST_CREDIT
+    credit: float = _ALONE
     wait: int = _SHORTEST_WAIT  # plain rounds before the next try, of one row
     left: int = 0  # of them
-    failed: int = 0  # tries in a row
+    failed: int = 0  # pauses since a try paid
     depth: int = 0  # how deep chains went the last time; 0: nothing to choose from
     blind: int = 0  # rounds of one row that will be of this depth, whatever comes
     trying: bool = False  # nothing was proposed since the last pause
@@ -80,9 +80,10 @@ class Learned:
     unheard: list[tuple[list[list[int]], Any, Sequence[Sequence[int]]]] = field(default_factory=list)
 
     def copy(self) -> Learned:
-        """A first guess for another size of context."""
+        """A first guess for another size of context. Whether to pause there is not known."""
         tried, kept = ([count / 4 for count in counts] for counts in (self.tried, self.kept))
-        return replace(self, tried=tried, kept=kept, blind=0, unheard=[])
+        return replace(self, tried=tried, kept=kept, wait=_SHORTEST_WAIT, left=0, failed=0, trying=False, blind=0,
+                       unheard=[])
 
     def judged(self, proposal: Proposal, paths: Sequence[Sequence[int]], asked: bool = True) -> None:
         """The target kept these of each row's proposals. Learned from later: between forwards, caches are cold."""
@@ -93,7 +94,8 @@ class Learned:
 
     def hear(self) -> None:
         """Learn from what was judged since the last time."""
-        fades = _MEMORY ** len(self.unheard)
+        asked = sum(sure is None or [None] not in [row[:1] for row in sure] for _, sure, _ in self.unheard)
+        fades = _MEMORY**asked
         self.tried, self.kept = ([fades * n for n in counts] for counts in (self.tried, self.kept))
         for tokens, confidences, paths in self.unheard:
             for row, (ids, path) in enumerate(zip(tokens, paths, strict=True)):
@@ -117,12 +119,12 @@ class Learned:
 
     def paid(self, net: float, rows: int) -> None:
         """A round with proposals brought `net` plain rounds more than it cost. Of many rows, less is luck."""
-        most = _MOST_CREDIT / rows  # as the variance of what a round brings
+        most = _ALONE if rows == 1 else _MOST_CREDIT / rows**0.5
         self.credit = min(self.credit + max(net, -_MOST_LOSS), most)
         if self.credit <= 0:
             # A try begins with reading every row's prompt.
             self.failed += 1
-            longest = _LONGEST_WAIT if self.failed <= _PATIENT else _LAST_WAIT
+            longest = _LONG_WAIT if self.failed <= _PATIENT else _LONGEST_WAIT
             self.left, self.credit = min(int(self.wait * rows**0.5), longest), _TRY / rows**0.5
             self.wait, self.trying = min(_LONGER * self.wait, longest), True
         elif self.credit >= most / 2:
@@ -221,7 +223,7 @@ class Length:
             self.costs.check_later()
         elif self.idle:
             self.why = ["does not pay"] * len(most)
-            self.rest = _LONGEST_WAIT if self.frozen else self.learned.left
+            self.rest = _LONG_WAIT if self.frozen else self.learned.left
             self.learned.left -= not self.frozen
         else:
             if not self.frozen:

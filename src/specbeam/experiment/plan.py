@@ -132,7 +132,7 @@ class PlannedMethod:
 def in_turn(count: int, number: int) -> list[int]:
     """In which order `count` methods answer the number-th batch. What ran just before changes a method's speed by a few
     per cent (caches, the clock): over `count` batches, twice as many where that is odd, each has every place equally
-    often and follows every other equally often (Williams 1949, doi:10.1071/CH9490149)."""
+    often and, within them, follows every other equally often (Williams 1949, doi:10.1071/CH9490149)."""
     zigzag = [count - place // 2 if place % 2 == 0 else place // 2 + 1 for place in range(count)]
     row = [(place + number) % count for place in zigzag]
     return row[::-1] if count % 2 and number // count % 2 else row
@@ -171,8 +171,9 @@ class Plan:
     def cells(self) -> Iterator[Cell]:
         """Repeats outermost; each batch is answered by every method before the next, `in_turn`."""
         size = self.prompts_per_cell or self.batch_size
+        position = 0
         for repeat in range(self.repeats):
-            position = repeat
+            began = position
             for turn in range(max(prompt.answers for prompt in self.prompts)):
                 asked = [prompt for prompt in self.prompts if turn < prompt.answers]
                 for start in range(0, len(asked), size):
@@ -181,6 +182,7 @@ class Plan:
                     position += 1
                     for method in (self.methods[place] for place in order):
                         yield Cell(method, batch, turn, repeat, f"{method.label}/{repeat}/{turn}/{batch[0].id}")
+            position += (position - began) % len(self.methods) == 0  # or a batch would keep its order
 
     def seed_of(self, prompt: Prompt, turn: int, repeat: int) -> int:
         """A row's own seed: it depends neither on the batch nor on the other prompts."""

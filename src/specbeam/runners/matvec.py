@@ -214,7 +214,7 @@ def _product(x, norm, added, out, w0, w1, w2, b0, b1, b2, start1, start2, size0,
     other = w1 + row.to(tl.int64) * COLUMNS
     where = row + tl.arange(0, GROUPS)[:, None] * LINES + tl.arange(0, LINES)[None]
     if SPREAD:
-        if not ADDED:  # attention comes next, which has little to read
+        if not ADDED:  # mostly attention comes next, which has little to read
             tl.extra.cuda.gdc_launch_dependents()
         _pause(tl.program_id(0) * SPREAD)
     tiles = (_tile(w, 0, COLUMNS, GROUPS, LINES, BLOCK),)
