@@ -42,7 +42,7 @@ from specbeam.placement import agreed, is_split
 
 UNKNOWN = 0.5  # the confidence of drafters that have none: they are judged by what was accepted so far
 _BUCKETS = 10
-_MEMORY = 0.995  # of what was accepted, per round: texts change
+_MEMORY = 0.995  # of what was accepted, per round that asked: texts change
 _LATELY = 1 / 12  # weight of the newest token in the usual acceptance
 _MOST_CREDIT, _ALONE = 4.0, 7.0  # plain rounds of a row, among several or alone: what may be lost where texts change
 _STEADY = 2.0  # credit, from which on one round is like the next
