@@ -4,8 +4,8 @@
 
 Workloads: the bundled prompts; Spec-Bench's six categories, five prompts each; deliberately bad drafts (a randomly
 initialised one; a text in which nothing can be looked up: no pair of tokens may come twice). Each batch of prompts is
-answered by plain greedy decoding, auto and the fixed lengths, none of them mostly after the same other. Every
-answer's tokens are checked against plain greedy decoding's. Rows go to --out as they come, and the same command goes on
+answered by plain greedy decoding, auto and the fixed lengths, none of them mostly after the same other. Every answer's
+tokens are checked against plain greedy decoding's. Rows go to --out as they come, and the same command goes on
 where it stopped (after --seconds); what auto has learned is then learned anew in a warm-up that is not counted. A batch
 during which other processes used a twentieth of the processors (as Linux counts it) is measured again.
 
@@ -99,8 +99,8 @@ def measure(out: Path, spec_bench: str | None, sizes: list[int], repeats: int, n
                         warm.add((size, options == {}, *methods))
                         turns = [-1, -1, *turns]
                     while turns:
-                        rows, order, began_at = [], list(methods), (time.perf_counter(), others())
-                        for method in (order[place] for place in in_turn(len(order), max(turns[0], 0))):
+                        rows, began_at = [], (time.perf_counter(), others())
+                        for method in in_turn(list(methods), max(turns[0], 0)):
                             settings = dict(methods[method] or {})
                             model = drafts[settings.pop("draft", None)]
                             kind = "greedy" if methods[method] is None else "speculative"

@@ -77,8 +77,7 @@ def measure(dtype: str, runner: str, repeats: int, widths: list[int], count: int
         rounds: dict[str, list[Any]] = {label: [] for label in chosen}
         for repeat in range(-1, repeats):  # the first is a warm-up
             for number, prompt in enumerate(prompts):
-                order = in_turn(len(chosen), max(repeat, 0) * len(prompts) + number)
-                for label in (list(chosen)[place] for place in order):
+                for label in in_turn(list(chosen), max(repeat, 0) * len(prompts) + number):
                     kind, options = chosen[label]
                     models = (target, draft) if METHODS[kind].speculates else (target,)
                     forwards[0], start = 0.0, perf_counter()

@@ -117,7 +117,7 @@ def interleaved(runs: dict[str, Run], rounds: int, per_round: int) -> dict[str, 
     """Medians of each, and of its ratio to the others within a round."""
     seen: dict[str, list[Any]] = {label: [] for label in runs}
     for turn in range(-1, rounds):  # the first is a warm-up
-        for label in (list(runs)[place] for place in in_turn(len(runs), max(turn, 0))):
+        for label in in_turn(list(runs), max(turn, 0)):
             result = runs[label]()
             if turn >= 0:
                 seen[label].append(result)

@@ -144,8 +144,7 @@ def main() -> None:
     steps: dict[str, list[float]] = {}
     for turn in range(-1, chosen.rounds):  # the first is a warm-up
         for number, prompt in enumerate(prompts):
-            for label in (list(labels)[place] for place in in_turn(len(labels), max(turn, 0) * len(prompts) + number)):
-                kind, own = labels[label]
+            for label, (kind, own) in in_turn(list(labels.items()), max(turn, 0) * len(prompts) + number):
                 if kind == "defaults":
                     tokens, took = defaults(target, draft, prompt, chosen.new)
                 else:

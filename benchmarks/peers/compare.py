@@ -4,9 +4,8 @@
     python benchmarks/peers/compare.py WORK [--section plain|speculation|beams|batch] [--rounds 5] [--out FILE.json]
 
 Each engine is a process of its own that stays; only one computes at a time. A round is every method of every engine
-once, none always after the same other; tokens a second are new tokens ÷ seconds of a call,
-prefill included, and the table gives medians over the rounds after one warm-up. Tokens are held against transformers'
-plain greedy (or beams).
+once, none always after the same other; tokens a second are new tokens ÷ seconds of a call, prefill included, and the
+table gives medians over the rounds after one warm-up. Tokens are held against transformers' plain greedy (or beams).
 Prompts are the bundled ones whose greedy answer is at least as long as asked for: every engine does the same work.
 """
 
@@ -109,7 +108,7 @@ def measure(engines: dict[str, Engine], section: str, prompts: list[list[int]], 
     tokens: dict[tuple[str, str], list[list[int]]] = {}
     errors: dict[tuple[str, str], str] = {}
     for number in range(-1, rounds):  # the first is a warm-up
-        for job in (jobs[place] for place in in_turn(len(jobs), max(number, 0))):
+        for job in in_turn(jobs, max(number, 0)):
             if job in errors:
                 continue
             seconds, rows = 0.0, []

@@ -76,7 +76,7 @@ def test_methods_are_interleaved_prompt_by_prompt_and_none_is_always_first() -> 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 6])
 def test_each_method_has_every_place_and_follows_every_other_equally_often(count: int) -> None:
-    orders = [in_turn(count, number) for number in range(count * (1 + count % 2))]
+    orders = [in_turn(range(count), number) for number in range(count * (1 + count % 2))]
     places = Counter(place for order in orders for place in enumerate(order))
     following = Counter(pair for order in orders for pair in pairwise(order))
     assert len(places) == count**2 and len(set(places.values())) == 1

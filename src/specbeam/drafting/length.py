@@ -76,8 +76,8 @@ class Learned:
     trying: bool = False  # nothing was proposed since the last pause
     declined: int = 0  # tries in a row
     heard: int = 0  # rounds that were learned from
-    # Tokens, confidences (none: unknown; None each: not asked for) and what was kept of them.
-    unheard: list[tuple[list[list[int]], Any, Sequence[Sequence[int]]]] = field(default_factory=list)
+    # Tokens, confidences (none: unknown), what was kept of them, and whether the draft was asked how sure it is.
+    unheard: list[tuple[list[list[int]], Any, Sequence[Sequence[int]], bool]] = field(default_factory=list)
 
     def copy(self) -> Learned:
         """A first guess for another size of context. Whether to pause there is not known."""
@@ -87,21 +87,19 @@ class Learned:
 
     def judged(self, proposal: Proposal, paths: Sequence[Sequence[int]], asked: bool = True) -> None:
         """The target kept these of each row's proposals. Learned from later: between forwards, caches are cold."""
-        sure = proposal.confidence if asked else [[None] * len(ids) for ids in proposal.tokens]
-        self.unheard.append((proposal.tokens, sure, paths))
+        self.unheard.append((proposal.tokens, proposal.confidence, paths, asked))
         if len(self.unheard) >= min(_TOGETHER, 1 + self.heard // 8):
             self.hear()
 
     def hear(self) -> None:
         """Learn from what was judged since the last time."""
-        asked = sum(sure is None or [None] not in [row[:1] for row in sure] for _, sure, _ in self.unheard)
-        fades = _MEMORY**asked
+        fades = _MEMORY ** sum(asked for *_, asked in self.unheard)
         self.tried, self.kept = ([fades * n for n in counts] for counts in (self.tried, self.kept))
-        for tokens, confidences, paths in self.unheard:
+        for tokens, confidences, paths, asked in self.unheard:
             for row, (ids, path) in enumerate(zip(tokens, paths, strict=True)):
-                sure = confidences[row] if confidences else [UNKNOWN] * len(ids)
+                sure = confidences[row] if asked and confidences else [UNKNOWN] * len(ids)
                 for depth, confidence in enumerate(sure[: min(len(ids), len(path) + 1)]):  # not what was cut
-                    self.learn(confidence, depth < len(path))
+                    self.learn(confidence if asked else None, depth < len(path))
         self.heard += len(self.unheard)
         self.unheard.clear()
 

@@ -129,12 +129,13 @@ class PlannedMethod:
         )
 
 
-def in_turn(count: int, number: int) -> list[int]:
-    """In which order `count` methods answer the number-th batch. What ran just before changes a method's speed by a few
-    per cent (caches, the clock): over `count` batches, twice as many where that is odd, each has every place equally
+def in_turn(methods: Sequence[Any], number: int) -> list[Any]:
+    """The methods as they answer the number-th batch. What ran just before changes a method's speed by a few per cent
+    (caches, the clock): over as many batches, twice as many where their number is odd, each has every place equally
     often and, within them, follows every other equally often (Williams 1949, doi:10.1071/CH9490149)."""
+    count = len(methods)
     zigzag = [count - place // 2 if place % 2 == 0 else place // 2 + 1 for place in range(count)]
-    row = [(place + number) % count for place in zigzag]
+    row = [methods[(place + number) % count] for place in zigzag]
     return row[::-1] if count % 2 and number // count % 2 else row
 
 
@@ -178,10 +179,9 @@ class Plan:
                 asked = [prompt for prompt in self.prompts if turn < prompt.answers]
                 for start in range(0, len(asked), size):
                     batch = tuple(asked[start : start + size])
-                    order = in_turn(len(self.methods), position)
-                    position += 1
-                    for method in (self.methods[place] for place in order):
+                    for method in in_turn(self.methods, position):
                         yield Cell(method, batch, turn, repeat, f"{method.label}/{repeat}/{turn}/{batch[0].id}")
+                    position += 1
             position += (position - began) % len(self.methods) == 0  # or a batch would keep its order
 
     def seed_of(self, prompt: Prompt, turn: int, repeat: int) -> int:
