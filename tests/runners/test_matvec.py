@@ -192,3 +192,26 @@ def test_attention_where_a_program_has_more_slots_than_one_tile(new_slots, progr
 def test_what_lies_otherwise_in_memory_is_read_right():
     x, added = halves(1, 520, 5).transpose(1, 2), halves(1, 56, 5, seed=1).transpose(1, 2)
     of_few((x, None, None, None, 0.0, False, [halves(56, 520) * 520**-0.5], [None], "", added, False))
+
+
+@pytest.mark.skipif(DEVICE == "cpu" or not matvec.early(torch.device(DEVICE)), reason="for Hopper and later")
+@pytest.mark.parametrize(("here", "heads", "key_heads", "view"), [
+    (200, 14, 2, 256), (255, 32, 4, 256), (0, 2, 2, 300), (299, 14, 7, 300), (377, 4, 1, 384), (511, 32, 4, 512)])
+def test_one_tokens_attention_in_cuda(here, heads, key_heads, view, monkeypatch):
+    launched = []
+    launch = attend_one.cuda.launch
+    monkeypatch.setattr(attend_one.cuda, "launch", lambda *given: launched.append(launch(*given)))
+    given, buffers, rest = several([[here]], heads, key_heads, 64, view, False, seed=here)
+    given, buffers = ([one.bfloat16() if isinstance(one, torch.Tensor) else one for one in both]
+                      for both in (given, buffers))
+    rest[-1] = True  # ahead
+    wide = [[one.double() if isinstance(one, torch.Tensor) else one for one in both] for both in (given, buffers)]
+    found, wanted = attend_few.attend(*given, *buffers, *rest).double(), fuse._attend(*wide[0], *wide[1], *rest)
+    assert launched and (found - wanted).norm() < 1e-2 * wanted.norm()
+    for mine, its in zip(buffers, wide[1], strict=True):
+        assert (mine - its).abs().max() < 5e-2
+        others = [slot for slot in range(view + 9) if slot != here]
+        assert torch.equal(mine[:, :, others], its[:, :, others].to(mine.dtype))
+    broken = rest[2].clone()  # one slot more or less shows
+    broken[..., (here + 1) % view] ^= True
+    assert (attend_few.attend(*given, *buffers, *rest[:2], broken, *rest[3:]) - found).abs().max() > 1e-3

@@ -1,18 +1,23 @@
 # mypy: disable-error-code="assignment"
-"""Attention of one new token of one row over up to 512 slots: a program for each query head, and no tensor cores.
+"""Attention of one new token of one row over up to 512 slots: a program for each query head.
 
 A token's attention has little to compute, and everything waits for it: what counts is how often threads wait for each
 other. Here keys and values stay in the registers that they were read into, each warp has slots of its own, and the
 warps' softmaxes are joined once, at the end. A group's keys are read once for each of its heads, out of L2.
+Of heads of 64 in bf16 attend.cu does it, in fewer instructions than Triton has a way to ask for.
 """
 
 from __future__ import annotations
+
+import ctypes
+import logging
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from specbeam.runners import cuda
 from specbeam.runners.attend_few import _turned
 from specbeam.runners.few_rows import flat
 from specbeam.runners.matvec import _begin, early
@@ -20,6 +25,16 @@ from specbeam.runners.matvec import _begin, early
 _MOST_SLOTS, _MOST_BYTES = 512, 65536  # that a program has, of keys: as many values lie beside them
 _STEPS = 16
 _PTX = tl.constexpr(torch.version.hip is None)
+_by_cuda = True  # until it fails
+
+
+class _Args(ctypes.Structure):
+    """As in attend.cu."""
+
+    _fields_ = (*((name, ctypes.c_void_p) for name in (
+        "q", "k", "v", "cos", "sin", "keys", "values", "slot", "mask", "out")),
+        *((name, ctypes.c_longlong) for name in ("key_head", "key_slot", "value_head", "value_slot")),
+        ("scale", ctypes.c_float))
 
 
 def suits(keys: Tensor, view: int) -> bool:
@@ -40,14 +55,38 @@ def attend(q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Tenso
     steps = min(_STEPS, max(1, every // lines))
     warps = max(1, every // (lines * steps))
     output = q.new_empty(1, 1, heads, dim)
+    mask = mask if mask.stride(3) == 1 else mask.contiguous()
+    if q_norm is None and ahead and _attend_early(
+            (q, k, v, cos.contiguous(), sin.contiguous(), keys, values, slot, mask, output), heads, view, scale):
+        return output
     pdl = {"launch_pdl": True} if early(q.device) else {}
     _attend_one[(heads,)](
         q, k, v, q if q_norm is None else q_norm, q if k_norm is None else k_norm, cos.contiguous(), sin.contiguous(),
-        keys, values, slot, mask if mask.stride(3) == 1 else mask.contiguous(), output, keys.stride(1), keys.stride(2),
+        keys, values, slot, mask, output, keys.stride(1), keys.stride(2),
         values.stride(1), values.stride(2), eps, SCALE=scale, SLOTS=view, GROUP=heads // keys.shape[1], DIM=dim,
         WIDE=wide, STEPS=steps, WARPS=warps, LINES=lines, NORM=q_norm is not None, PLUS=plus, EARLY=ahead,
         PDL=bool(pdl), num_warps=warps, **pdl)
     return output
+
+
+def _attend_early(given: tuple[Tensor, ...], heads: int, view: int, scale: float) -> bool:
+    """Whether attend.cu did it."""
+    global _by_cuda
+    q, keys, values = given[0], given[5], given[6]
+    strides = *keys.stride()[1:3], *values.stride()[1:3]
+    if not (_by_cuda and early(q.device) and keys.shape[3] == 64 and keys.stride(3) == values.stride(3) == 1
+            and q.dtype == keys.dtype == torch.bfloat16 and not any(stride % 8 for stride in strides)
+            and not any(one.data_ptr() % 16 for one in (*given[:5], keys, values))):
+        return False
+    warps = 4 if view <= 256 and heads <= 16 else 8  # as measured for 14 and for 32 heads
+    try:
+        function = cuda.kernel("attend", q.device, DIM=64, VIEW=view, GROUP=heads // keys.shape[1], WARPS=warps)
+    except Exception as failure:  # no bindings, a compiler that does not know the card: before anything is recorded
+        logging.getLogger("specbeam").info("attention stays with Triton (%s)", str(failure).splitlines()[0])
+        _by_cuda = False
+        return False
+    cuda.launch(function, q.device, heads, 32 * warps, _Args(*(one.data_ptr() for one in given), *strides, scale))
+    return True
 
 
 @triton.jit

@@ -1,0 +1,146 @@
+// Attention of one new token of one row: a program for each query head (attend_one.py says what it is given).
+//
+// Nothing of a layer takes as long for as little as this: what counts is how many instructions stand one behind the
+// other. Keys and values are in registers before the new ones are known; a warp has slots of its own, a slot's
+// numbers lie in 8 (or 16) lanes; the scores come out of a tensor core, and the warps' softmaxes are joined at the end.
+//
+// Given: DIM, VIEW, GROUP (query heads of a key head), WARPS.
+
+typedef unsigned short u16;  // a bf16
+typedef unsigned int u32;
+
+constexpr int LANES = DIM / 8, LINES = 32 / LANES, STEPS = (VIEW + WARPS * LINES - 1) / (WARPS * LINES);
+
+struct Args {
+    const u16 *q, *k, *v, *cos, *sin;
+    u16 *keys, *values;
+    const long long *slot;
+    const unsigned char *mask;
+    u16 *out;
+    long long key_head, key_slot, value_head, value_slot;
+    float scale;
+};
+
+__device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
+__device__ __forceinline__ float wide(u16 x) { return __uint_as_float((u32)x << 16); }
+__device__ __forceinline__ u16 narrow(float x) {
+    u16 y;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ float rounded(float x) { return wide(narrow(x)); }
+__device__ __forceinline__ float power(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ void multiply(float *d, u32 a, u32 b, u32 low, u32 high) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %5}, {%7, %8}, "
+        "{%0, %1, %2, %3};" : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a), "r"(0), "r"(b), "r"(low), "r"(high));
+}
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS) attend(const __grid_constant__ Args a) {
+    __shared__ __align__(16) u16 fresh[2][DIM];  // the new query and key
+    __shared__ __align__(16) float mean[WARPS][DIM];
+    __shared__ __align__(16) float best[WARPS], total[WARPS];
+    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, head = blockIdx.x, its = head / GROUP;
+    const int dim = lane % LANES * 8, line = lane / LANES;
+    asm volatile("griddepcontrol.launch_dependents;");
+    u16 *keys = a.keys + its * a.key_head, *values = a.values + its * a.value_head;
+    uint4 key[STEPS], value[STEPS];
+#pragma unroll
+    for (int j = 0; j < STEPS; j++) {
+        const int slot = (j * WARPS + warp) * LINES + line;
+        key[j] = value[j] = make_uint4(0, 0, 0, 0);
+        if (VIEW % (WARPS * LINES) == 0 || slot < VIEW) {
+            key[j] = *(const uint4 *)(keys + slot * a.key_slot + dim);
+            value[j] = *(const uint4 *)(values + slot * a.value_slot + dim);
+        }
+    }
+    // Turned by its position, each step rounded as transformers rounds it.
+    const int which = thread / DIM, place = thread % DIM, across = place < DIM / 2 ? place + DIM / 2 : place - DIM / 2;
+    const u16 *from = which == 0 ? a.q + head * DIM : a.k + its * DIM;
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    const int here = (int)*a.slot;
+    bool seen[STEPS];
+#pragma unroll
+    for (int j = 0; j < STEPS; j++) {
+        const int slot = (j * WARPS + warp) * LINES + line;
+        seen[j] = (VIEW % (WARPS * LINES) == 0 || slot < VIEW) && a.mask[slot];
+    }
+    const uint4 new_value = *(const uint4 *)(a.v + its * DIM + dim);
+    if (thread < 2 * DIM) {
+        const float other = wide(from[across]);
+        const u16 turned = narrow(rounded(wide(from[place]) * wide(a.cos[place]))
+                                  + rounded((place < DIM / 2 ? -other : other) * wide(a.sin[place])));
+        fresh[which][place] = turned;
+        if (which && head % GROUP == 0) keys[here * a.key_slot + place] = turned;
+    }
+    if (head % GROUP == 0 && thread < LANES) *(uint4 *)(values + here * a.value_slot + dim) = new_value;
+    __syncthreads();
+    const uint4 q = *(const uint4 *)(fresh[0] + dim), new_key = *(const uint4 *)(fresh[1] + dim);
+    float d[STEPS][4];
+#pragma unroll
+    for (int j = 0; j < STEPS; j++) {
+        if ((j * WARPS + warp) * LINES + line == here) key[j] = new_key, value[j] = new_value;
+        d[j][0] = d[j][1] = d[j][2] = d[j][3] = 0;
+    }
+    // Eight pieces of a row times eight of another: on the diagonal is what belongs together.
+#pragma unroll
+    for (int j = 0; j < STEPS; j++) multiply(d[j], q.x, q.y, key[j].x, key[j].y);
+#pragma unroll
+    for (int j = 0; j < STEPS; j++) multiply(d[j], q.z, q.w, key[j].z, key[j].w);
+    const bool diagonal = lane % 4 == lane / 8, odd = lane / 4 % 2;
+    const float scale = a.scale * 1.44269504f;
+    float score[STEPS], most = -1e30f;
+#pragma unroll
+    for (int j = 0; j < STEPS; j++) {
+        float sum = diagonal ? (odd ? d[j][1] : d[j][0]) : 0.0f;
+        sum += __shfl_xor_sync(~0u, sum, 4);
+        if (LANES == 16) sum += __shfl_xor_sync(~0u, sum, 9);
+        sum = __shfl_sync(~0u, sum, line * (LANES == 16 ? 18 : 9)) * scale;
+        score[j] = seen[j] ? sum : -1e30f;
+        most = fmaxf(most, score[j]);
+    }
+#pragma unroll
+    for (int i = LANES; i < 32; i *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, i));
+    float all = 0, sum[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+#pragma unroll
+    for (int j = 0; j < STEPS; j++) {
+        const float weight = seen[j] ? power(score[j] - most) : 0.0f;
+        all += weight;
+        sum[0] += weight * low(value[j].x), sum[1] += weight * high(value[j].x);
+        sum[2] += weight * low(value[j].y), sum[3] += weight * high(value[j].y);
+        sum[4] += weight * low(value[j].z), sum[5] += weight * high(value[j].z);
+        sum[6] += weight * low(value[j].w), sum[7] += weight * high(value[j].w);
+    }
+#pragma unroll
+    for (int i = LANES; i < 32; i *= 2) {
+        all += __shfl_xor_sync(~0u, all, i);
+#pragma unroll
+        for (int n = 0; n < 8; n++) sum[n] += __shfl_xor_sync(~0u, sum[n], i);
+    }
+    if (line == 0) {
+        *(float4 *)&mean[warp][dim] = make_float4(sum[0], sum[1], sum[2], sum[3]);
+        *(float4 *)&mean[warp][dim + 4] = make_float4(sum[4], sum[5], sum[6], sum[7]);
+    }
+    if (lane == 0) best[warp] = most, total[warp] = all;
+    __syncthreads();
+    constexpr int SHARES = 32 * WARPS / DIM < 4 ? 32 * WARPS / DIM : 4;  // threads of one number
+    if (thread < SHARES * DIM) {
+        const int n = thread / SHARES, part = thread % SHARES;
+        float high = best[0], norm = 0, result = 0;
+#pragma unroll
+        for (int w = 1; w < WARPS; w++) high = fmaxf(high, best[w]);
+#pragma unroll
+        for (int w = 0; w < WARPS / SHARES; w++) {
+            const float weight = power(best[w * SHARES + part] - high);
+            norm += weight * total[w * SHARES + part], result += weight * mean[w * SHARES + part][n];
+        }
+#pragma unroll
+        for (int i = SHARES / 2; i; i /= 2)
+            norm += __shfl_xor_sync(~0u, norm, i), result += __shfl_xor_sync(~0u, result, i);
+        if (part == 0) a.out[head * DIM + n] = narrow(__fdividef(result, norm));
+    }
+}

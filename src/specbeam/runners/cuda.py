@@ -1,0 +1,70 @@
+"""Kernels in CUDA C++, for what Triton has no words for: compiled by NVRTC when first needed, launched early.
+
+NVIDIA's own bindings do both; torch's own wheels for such GPUs bring them along.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_HERE = Path(__file__).parent
+
+
+@cache
+def kernel(name: str, device: torch.device, **given: int) -> Any:
+    """The function of that name in the file of that name. given: what it is compiled for.
+
+    Raises ImportError without the bindings, RuntimeError with what the compiler or the driver says."""
+    from cuda.bindings import driver
+
+    code = compiled(name, *torch.cuda.get_device_capability(device), **given)
+    with torch.cuda.device(device):
+        module = _checked(driver.cuModuleLoadData(code))
+        return _checked(driver.cuModuleGetFunction(module, name.encode()))
+
+
+def compiled(name: str, major: int, minor: int, **given: int) -> bytes:
+    """Machine code of that file for a card of this capability."""
+    from cuda.bindings import nvrtc
+
+    options = [b"-arch=sm_%d%d" % (major, minor), b"-std=c++17", b"-default-device",
+               *(b"-D%s=%d" % (key.encode(), value) for key, value in given.items())]
+    source = (_HERE / f"{name}.cu").read_bytes()
+    program = _checked(nvrtc.nvrtcCreateProgram(source, f"{name}.cu".encode(), 0, [], []))
+    try:
+        _checked(nvrtc.nvrtcCompileProgram(program, len(options), options))
+    except RuntimeError as failure:
+        log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise RuntimeError(f"{failure}: {log.decode(errors='replace')}") from None
+    code = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
+    _checked(nvrtc.nvrtcGetCUBIN(program, code))
+    return code
+
+
+def launch(function: Any, device: torch.device, programs: int, threads: int, given: ctypes.Structure) -> None:
+    """Its one argument is `given`. It may begin before the kernel before it has ended."""
+    from cuda.bindings import driver
+
+    config, early = driver.CUlaunchConfig(), driver.CUlaunchAttribute()
+    config.gridDimX, config.gridDimY, config.gridDimZ = programs, 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.hStream = torch.cuda.current_stream(device).cuda_stream
+    early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    early.value.programmaticStreamSerializationAllowed = 1
+    config.attrs, config.numAttrs = [early], 1
+    place = (ctypes.c_void_p * 1)(ctypes.addressof(given))
+    with torch.cuda.device(device):
+        _checked(driver.cuLaunchKernelEx(config, function, ctypes.addressof(place), 0))
+
+
+def _checked(result: Any) -> Any:
+    error, *found = result
+    if int(error):
+        raise RuntimeError(f"CUDA says {error.name}")
+    return found[0] if len(found) == 1 else found
