@@ -105,9 +105,12 @@ def test_logits_are_eagers_for_every_family(name):
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.heavy) if name != "mixtral" else name
                                   for name in sorted(FALL_BACK)])
 def test_what_openvino_cannot_run_falls_back_by_name(name, caplog):
+    root = logging.getLogger()
+    before = root.level, [*root.filters], [*root.handlers]
     with caplog.at_level(logging.WARNING, "specbeam"):
         assert use_runner(model(name), "openvino") == "eager"
     assert type(model(name)).__name__ in caplog.text and "openvino: " in caplog.text
+    assert before == (root.level, root.filters, root.handlers)  # the warnings after this one are heard
 
 
 def planted(monkeypatch, name, fault):

@@ -82,7 +82,8 @@ def _attend_early(given: tuple[Tensor, ...], heads: int, view: int, scale: float
     try:
         function = cuda.kernel("attend", q.device, DIM=64, VIEW=view, GROUP=heads // keys.shape[1], WARPS=warps)
     except Exception as failure:  # no bindings, a compiler that does not know the card: before anything is recorded
-        logging.getLogger("specbeam").info("attention stays with Triton (%s)", str(failure).splitlines()[0])
+        reason = f"{type(failure).__name__}: {failure}".splitlines()[0]
+        logging.getLogger("specbeam").info("attention stays with Triton (%s)", reason)
         _by_cuda = False
         return False
     cuda.launch(function, q.device, heads, 32 * warps, _Args(*(one.data_ptr() for one in given), *strides, scale))

@@ -12,8 +12,10 @@ the scores, keep [rows, kept] i64, beam_idx [rows] i32. Output: logits [rows, ke
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -84,12 +86,24 @@ def export(adapter: Adapter) -> ov.Model:
     _, *present = traced(tokens, positions, *_masks(_NEW), keep)
     past = [tensor.new_zeros(_ROWS, tensor.shape[1], _PAST, tensor.shape[3]) for tensor in present]
     example = (tokens, positions, *_masks(_PAST + _NEW), keep, *past)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _same_logger():
         warnings.simplefilter("ignore")  # the tracer's doubts about Python branches: the probe settles them
         model = ov.convert_model(traced, example_input=example)
     _make_stateful(model, [(tensor.shape[1], tensor.shape[3]) for tensor in past])
     _merge(model)
     return model
+
+
+@contextmanager
+def _same_logger() -> Iterator[None]:
+    """What cannot be converted leaves everybody's logger at errors only."""
+    root = logging.getLogger()
+    level, filters, handlers = root.level, [*root.filters], [*root.handlers]
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        root.filters, root.handlers = filters, handlers
 
 
 def _masks(width: int) -> tuple[Tensor, Tensor]:
