@@ -2,14 +2,12 @@
 //
 // Nothing of a layer takes as long for as little as this: what counts is how many instructions stand one behind the
 // other. Keys and values are in registers before the new ones are known; a warp has slots of its own, a slot's
-// numbers lie in 8 (or 16) lanes; the scores come out of a tensor core, and the warps' softmaxes are joined at the end.
+// numbers lie in 8 lanes; the scores come out of a tensor core, and the warps' softmaxes are joined at the end.
 //
-// Given: DIM, VIEW, GROUP (query heads of a key head), WARPS.
+// Given: VIEW, GROUP (query heads of a key head), WARPS; and primitives.cuh.
 
-typedef unsigned short u16;  // a bf16
-typedef unsigned int u32;
-
-constexpr int LANES = DIM / 8, LINES = 32 / LANES, STEPS = (VIEW + WARPS * LINES - 1) / (WARPS * LINES);
+constexpr int DIM = 64, LANES = DIM / 8, LINES = 32 / LANES;  // of a slot; slots of a warp at a time
+constexpr int STEPS = (VIEW + WARPS * LINES - 1) / (WARPS * LINES);
 
 struct Args {
     const u16 *q, *k, *v, *cos, *sin;
@@ -21,32 +19,13 @@ struct Args {
     float scale;
 };
 
-__device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
-__device__ __forceinline__ float wide(u16 x) { return __uint_as_float((u32)x << 16); }
-__device__ __forceinline__ u16 narrow(float x) {
-    u16 y;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
-    return y;
-}
-__device__ __forceinline__ float rounded(float x) { return wide(narrow(x)); }
-__device__ __forceinline__ float power(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-__device__ __forceinline__ void multiply(float *d, u32 a, u32 b, u32 low, u32 high) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %5}, {%7, %8}, "
-        "{%0, %1, %2, %3};" : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a), "r"(0), "r"(b), "r"(low), "r"(high));
-}
-
 extern "C" __global__ void __launch_bounds__(32 * WARPS) attend(const __grid_constant__ Args a) {
     __shared__ __align__(16) u16 fresh[2][DIM];  // the new query and key
     __shared__ __align__(16) float mean[WARPS][DIM];
     __shared__ __align__(16) float best[WARPS], total[WARPS];
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, head = blockIdx.x, its = head / GROUP;
     const int dim = lane % LANES * 8, line = lane / LANES;
-    asm volatile("griddepcontrol.launch_dependents;");
+    let_next_begin();
     u16 *keys = a.keys + its * a.key_head, *values = a.values + its * a.value_head;
     uint4 key[STEPS], value[STEPS];
 #pragma unroll
@@ -61,7 +40,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attend(const __grid_con
     // Turned by its position, each step rounded as transformers rounds it.
     const int which = thread / DIM, place = thread % DIM, across = place < DIM / 2 ? place + DIM / 2 : place - DIM / 2;
     const u16 *from = which == 0 ? a.q + head * DIM : a.k + its * DIM;
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    wait_for_last();
     const int here = (int)*a.slot;
     bool seen[STEPS];
 #pragma unroll
@@ -86,11 +65,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attend(const __grid_con
         if ((j * WARPS + warp) * LINES + line == here) key[j] = new_key, value[j] = new_value;
         d[j][0] = d[j][1] = d[j][2] = d[j][3] = 0;
     }
-    // Eight pieces of a row times eight of another: on the diagonal is what belongs together.
+    // Eight pieces of the query times eight of keys: on the diagonal is what belongs together, two pieces a line.
 #pragma unroll
-    for (int j = 0; j < STEPS; j++) multiply(d[j], q.x, q.y, key[j].x, key[j].y);
+    for (int j = 0; j < STEPS; j++) multiply(d[j], q.x, 0, q.y, 0, key[j].x, key[j].y);
 #pragma unroll
-    for (int j = 0; j < STEPS; j++) multiply(d[j], q.z, q.w, key[j].z, key[j].w);
+    for (int j = 0; j < STEPS; j++) multiply(d[j], q.z, 0, q.w, 0, key[j].z, key[j].w);
     const bool diagonal = lane % 4 == lane / 8, odd = lane / 4 % 2;
     const float scale = a.scale * 1.44269504f;
     float score[STEPS], most = -1e30f;
@@ -98,8 +77,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attend(const __grid_con
     for (int j = 0; j < STEPS; j++) {
         float sum = diagonal ? (odd ? d[j][1] : d[j][0]) : 0.0f;
         sum += __shfl_xor_sync(~0u, sum, 4);
-        if (LANES == 16) sum += __shfl_xor_sync(~0u, sum, 9);
-        sum = __shfl_sync(~0u, sum, line * (LANES == 16 ? 18 : 9)) * scale;
+        sum = __shfl_sync(~0u, sum, line * 9) * scale;
         score[j] = seen[j] ? sum : -1e30f;
         most = fmaxf(most, score[j]);
     }

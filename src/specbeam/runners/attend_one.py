@@ -9,7 +9,6 @@ Of heads of 64 in bf16 attend.cu does it, in fewer instructions than Triton has 
 
 from __future__ import annotations
 
-import ctypes
 import logging
 
 import torch
@@ -26,15 +25,6 @@ _MOST_SLOTS, _MOST_BYTES = 512, 65536  # that a program has, of keys: as many va
 _STEPS = 16
 _PTX = tl.constexpr(torch.version.hip is None)
 _by_cuda = True  # until it fails
-
-
-class _Args(ctypes.Structure):
-    """As in attend.cu."""
-
-    _fields_ = (*((name, ctypes.c_void_p) for name in (
-        "q", "k", "v", "cos", "sin", "keys", "values", "slot", "mask", "out")),
-        *((name, ctypes.c_longlong) for name in ("key_head", "key_slot", "value_head", "value_slot")),
-        ("scale", ctypes.c_float))
 
 
 def suits(keys: Tensor, view: int) -> bool:
@@ -80,13 +70,14 @@ def _attend_early(given: tuple[Tensor, ...], heads: int, view: int, scale: float
         return False
     warps = 4 if view <= 256 and heads <= 16 else 8  # as measured for 14 and for 32 heads
     try:
-        function = cuda.kernel("attend", q.device, DIM=64, VIEW=view, GROUP=heads // keys.shape[1], WARPS=warps)
+        function = cuda.kernel("attend", q.device, VIEW=view, GROUP=heads // keys.shape[1], WARPS=warps)
     except Exception as failure:  # no bindings, a compiler that does not know the card: before anything is recorded
         reason = f"{type(failure).__name__}: {failure}".splitlines()[0]
         logging.getLogger("specbeam").info("attention stays with Triton (%s)", reason)
         _by_cuda = False
         return False
-    cuda.launch(function, q.device, heads, 32 * warps, _Args(*(one.data_ptr() for one in given), *strides, scale))
+    arguments = cuda.Attention(*(one.data_ptr() for one in given), *strides, scale)
+    cuda.launch(function, q.device, heads, 32 * warps, arguments)
     return True
 
 

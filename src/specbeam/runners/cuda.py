@@ -15,6 +15,15 @@ import torch
 _HERE = Path(__file__).parent
 
 
+class Attention(ctypes.Structure):
+    """What attend.cu is given."""
+
+    _fields_ = (*((name, ctypes.c_void_p) for name in (
+        "q", "k", "v", "cos", "sin", "keys", "values", "slot", "mask", "out")),
+        *((name, ctypes.c_longlong) for name in ("key_head", "key_slot", "value_head", "value_slot")),
+        ("scale", ctypes.c_float))
+
+
 @cache
 def kernel(name: str, device: torch.device, **given: int) -> Any:
     """The function of that name in the file of that name. given: what it is compiled for.
@@ -34,7 +43,7 @@ def compiled(name: str, major: int, minor: int, **given: int) -> bytes:
 
     options = [b"-arch=sm_%d%d" % (major, minor), b"-std=c++17", b"-default-device",
                *(b"-D%s=%d" % (key.encode(), value) for key, value in given.items())]
-    source = (_HERE / f"{name}.cu").read_bytes()
+    source = (_HERE / "primitives.cuh").read_bytes() + (_HERE / f"{name}.cu").read_bytes()
     program = _checked(nvrtc.nvrtcCreateProgram(source, f"{name}.cu".encode(), 0, [], []))
     try:
         _checked(nvrtc.nvrtcCompileProgram(program, len(options), options))

@@ -1,0 +1,36 @@
+// What stands before every kernel in CUDA C++ (cuda.py): the few instructions that C++ has no word for.
+// tests/runners/emulated.h has the same for a CPU.
+
+typedef unsigned short u16;  // a bf16
+typedef unsigned int u32;    // two of them, or bits
+
+__device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
+__device__ __forceinline__ float wide(u16 x) { return __uint_as_float((u32)x << 16); }
+__device__ __forceinline__ u16 narrow(float x) {
+    u16 y;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ float rounded(float x) { return wide(narrow(x)); }
+
+// 2 to the x.
+__device__ __forceinline__ float power(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// d [16, 8] += a [16, 16] · b [16, 8], by a warp, in bf16 and fp32 (mma.m16n8k16: PTX says which lane has what). Given
+// eight of a row's numbers in each lane as a0, a2 and, the next time, a0, a2 again, and eight of another's as b0, b1
+// both times, the diagonal d[i][i] is the sum over the lanes 4 i to 4 i + 3 of what belongs together: numbers go to the
+// tensor core as they lie in memory.
+__device__ __forceinline__ void multiply(float *d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};" : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// Programmatic dependent launch: the next kernel may begin; and what the kernels before did may be read.
+__device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;"); }
+__device__ __forceinline__ void wait_for_last() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
