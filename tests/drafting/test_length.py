@@ -216,6 +216,17 @@ def test_a_token_within_the_width_that_the_runner_keeps_costs_nothing(target, dr
     assert [chosen.proposes([True], [0.7])[0] for _ in range(3)] == [True, True, False], "the last text's token is read"
 
 
+def test_the_width_of_a_prompt_is_not_kept(target, draft):
+    chosen = auto(target, draft)
+    plain_rounds(chosen)
+    chosen.limits([8])
+    chosen.prices, chosen.wide, chosen.fresh = Prices(token=0.5, change=1.0), 1055, True
+    assert [chosen.proposes([True], [0.7])[0] for _ in range(2)] == [True, False]
+    chosen.fresh = False
+    chosen.limits([8])
+    assert all(chosen.proposes([True], [0.7])[0] for _ in range(8))
+
+
 @pytest.mark.parametrize("usual, deepest", [(0.5, 3), (0.9, 3), (0.99, 8)])
 def test_proposals_end_before_a_step_unless_nearly_all_is_right(target, draft, usual, deepest):
     """Three tokens take 1 + 3 · 0.2 plain rounds, eight 1 + 8 · 0.2 + 0.8."""

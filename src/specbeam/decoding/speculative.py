@@ -101,6 +101,7 @@ def _decode(target: PreTrainedModel, draft: PreTrainedModel | None, request: Req
     ended: Any = None  # of the round before, if this one follows it
     ahead: Any = None  # behind its proposal, if that is on its way
     while True:
+        length.fresh = bool(new)
         if new:
             fresh, its, logits = read_prompts(adapter, [request.rows[row].prompt for row in new], capacity)
             vocabulary, theirs = logits.shape[-1], None

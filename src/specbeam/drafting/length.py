@@ -188,6 +188,7 @@ class Length:
         self.began = self.alike = False  # there was a round; one of the usual depth
         self.rounds: list[_Round] = []  # not learned from yet
         self.wide = self.column = 0  # tokens of the target's last forward (0: any is as good), and proposed in this one
+        self.fresh = False  # that forward read prompts: nobody keeps its width
         if settings.costs:
             self.learned, self.prices = read_costs(settings.costs)
         elif self.auto:
@@ -200,6 +201,11 @@ class Length:
     def idle(self) -> bool:
         """Whether nothing will be drafted for a while."""
         return self.auto and (self.prices.rate < 1 if self.frozen else self.learned.left > 0)
+
+    @property
+    def _kept(self) -> int:
+        """Tokens that the target's coming forward has anyway; 0: as many as it must."""
+        return 0 if self.frozen or self.fresh else self.wide
 
     def limits(self, most: Sequence[int], left: Sequence[int] = ()) -> list[int]:
         """How deep each row may propose in this round; 0: decode plainly. left: tokens that each row may still have,
@@ -255,12 +261,12 @@ class Length:
             self.depths = prices, [(n, 1 + prices.first + n * (prices.token + prices.draft) + n * n * prices.bend
                                     + sum(price for place, price in prices.steps if place <= n))
                                    for n in [*ends, depth]]
-        grows = 0.0 if self.frozen else 2 * prices.change / _LASTS
+        grows = 2 * prices.change / _LASTS
 
         def rate(end: tuple[int, float]) -> float:
             n, cost = end
             stays = _STAYS if n == self.learned.depth else 1.0
-            return stays * (1 - chance ** (n + 1)) / (1 - chance) / (cost + grows * (n >= self.wide > 0))
+            return stays * (1 - chance ** (n + 1)) / (1 - chance) / (cost + grows * (n >= self._kept > 0))
 
         if len(self.depths[1]) > 1:
             depth = self.learned.depth = max(self.depths[1], key=rate)[0]
@@ -300,10 +306,10 @@ class Length:
 
     def _price(self, column: int) -> float:
         """Of the target's reading a proposal's token at this place, the first is 1."""
-        prices = self.prices
-        if column < self.wide and not self.frozen:  # the runner will keep that width (the last token is read, too)
+        prices, kept = self.prices, self._kept
+        if column < kept:  # the runner will keep that width (the last token is read, too)
             return 0.0
-        grows = column == self.wide and not self.frozen
+        grows = column == kept
         return (prices.token + prices.bend * (2 * column - 1) + prices.first * (column == 1)
                 + prices.change / _LASTS * grows + sum(price for place, price in prices.steps if place == column))
 
