@@ -140,6 +140,8 @@ def test_paths_with_odd_characters_are_taken_as_they_are(path: str) -> None:
         (["compare", "prompts=[one"], "'prompts=[one' cannot be read"),
         (["compare", "seed=1,2"], "use --multirun"),
         (["compare", "methods={}"], "methods is empty"),
+        (["compare", "methods=greedy"], "'only=[greedy]' runs some"),
+        (["compare", "methods=[greedy,beam]"], "'only=[greedy,beam]' runs some"),
         (["compare", "prompts=[]"], "prompts is an empty list"),
         (["compare", "methods.s={kind: speculativ}"], "did you mean speculative?"),
         (["compare", "methods.speculative.draft_length=0"], "draft_length is 0"),

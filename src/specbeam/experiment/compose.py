@@ -144,7 +144,11 @@ def _opened(text: str, known: list[str], open_top: bool) -> list[str]:
     key = str(override.key_or_group)
     if key in OPEN_KEYS and key in known and not override.is_delete():
         value = override.value()
-        if not isinstance(value, dict) or not value:
+        if value and not isinstance(value, dict):
+            labels = ",".join(map(str, value)) if isinstance(value, list) else value
+            raise InputError(f"{text!r} gives no settings: 'only=[{labels}]' runs some of the {key} there are, "
+                             f"'{key}.mine={{kind: greedy}}' adds one.")
+        if not value:
             raise InputError(f"{key} is empty: name at least one, for example 'methods.greedy={{kind: greedy}}'.")
         if line[0] != "+":
             return [f"~{key}", f"+{line}"]
