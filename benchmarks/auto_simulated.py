@@ -92,10 +92,12 @@ def decode(world: World, answers: list[Answer], gamma: int | str, pair: tuple[Mo
     live, clock = [(answer, 1) for answer in answers if answer.tokens > 1], 0.0
     world.wide = world.rows = 0  # prompts were read
     settings = Settings(draft_length=gamma or 1)
-    length = Length(settings, *pair, len(live), NEW, max(answer.prompt for answer in answers))
+    longest = max(answer.prompt for answer in answers)
+    length = Length(settings, *pair, len(live), NEW, longest)
     while live:
         left = [NEW - at for _, at in live]
-        length.wide = world.wide if world.rows == len(live) else 0
+        length.fresh = not world.rows
+        length.wide = longest if length.fresh else world.wide if world.rows == len(live) else 0
         limits = length.limits([min(settings.depth, n - 1) for n in left], left) if gamma else [0] * len(live)
         if not gamma or length.rest:
             ends = min(answer.tokens - at for answer, at in live)  # which nobody knows before

@@ -1,5 +1,5 @@
 // CUDA C++ on a CPU, for tests: a block's threads take turns, and each goes on until it has to wait for others.
-// Instead of primitives.cuh; shared memory is one block's after the other.
+// Shared memory is one block's after the other.
 
 #include <ucontext.h>
 
@@ -96,14 +96,13 @@ inline float __shfl_xor_sync(u32 all, float x, int other) { return __shfl_sync(a
 inline float __uint_as_float(u32 x) { return bits<float>(x); }
 inline float __fdividef(float x, float y) { return x / y; }
 
-inline float wide(u16 x) { return bits<float>((u32)x << 16); }
-inline float low(u32 pair) { return wide(pair & 0xffff); }
-inline float high(u32 pair) { return wide(pair >> 16); }
 inline u16 narrow(float x) { return (bits<u32>(x) + 0x7fff + (bits<u32>(x) >> 16 & 1)) >> 16; }
-inline float rounded(float x) { return wide(narrow(x)); }
 inline float power(float x) { return std::exp2(x); }
 inline void let_next_begin() {}
 inline void wait_for_last() {}
+
+#define EMULATED
+#include "primitives.cuh"
 
 // PTX, mma.m16n8k16: a[row][k] is in lane row % 8 * 4 + k % 8 / 2, register row / 8 + 2 (k / 8); b[k][column] in lane
 // column * 4 + k % 8 / 2, register k / 8; a lane's d are rows lane / 4 and 8 more, columns lane % 4 * 2 and the next.

@@ -18,13 +18,13 @@ SOURCES = Path(cuda.__file__).parent
 
 
 def code(name: str, **given: int) -> bytes:
-    pytest.importorskip("cuda.bindings.nvrtc")
+    pytest.importorskip("cuda.bindings.nvrtc", reason="pip install 'specbeam[kernels]'")
     try:
         return cuda.compiled(name, 9, 0, **given)
     except RuntimeError as failure:
         if "libnvrtc" not in str(failure):
             raise
-        pytest.skip("the bindings find no compiler")
+        pytest.skip("no NVRTC: pip install 'specbeam[kernels]'")
 
 
 @pytest.mark.parametrize("warps", [4, 8])
@@ -42,7 +42,7 @@ def test_what_the_compiler_says_is_said():
 def emulated(folder: Path, name: str, fault: tuple[str, str] | None = None, **given: int) -> ctypes.CDLL:
     """The kernel as a library with run(arguments, programs, threads). fault: a line, and what stands there instead."""
     if shutil.which("g++") is None:
-        pytest.skip("no C++ compiler")
+        pytest.skip("no g++ on this machine")
     text = (SOURCES / f"{name}.cu").read_text(encoding="utf-8")
     if fault is not None:
         assert text.count(fault[0]) == 1
@@ -50,7 +50,7 @@ def emulated(folder: Path, name: str, fault: tuple[str, str] | None = None, **gi
     text = f'#include "emulated.h"\n{text}\nextern "C" void run(const Args *a, u32 programs, u32 count) ' \
            f'{{ emulate(programs, count, [=] {{ {name}(*a); }}); }}\n'
     (folder / "kernel.cpp").write_text(text, encoding="utf-8")
-    subprocess.run(["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", f"-I{HERE}",
+    subprocess.run(["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", f"-I{HERE}", f"-I{SOURCES}",
                     *(f"-D{key}={value}" for key, value in given.items()), "kernel.cpp", "-o", "kernel.so"],
                    cwd=folder, check=True)
     return ctypes.CDLL(str(folder / "kernel.so"))

@@ -8,6 +8,7 @@
 
 constexpr int DIM = 64, LANES = DIM / 8, LINES = 32 / LANES;  // of a slot; slots of a warp at a time
 constexpr int STEPS = (VIEW + WARPS * LINES - 1) / (WARPS * LINES);
+constexpr bool ALL = VIEW % (WARPS * LINES) == 0;  // a warp's slots are all there
 
 struct Args {
     const u16 *q, *k, *v, *cos, *sin;
@@ -25,14 +26,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attend(const __grid_con
     __shared__ __align__(16) float best[WARPS], total[WARPS];
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, head = blockIdx.x, its = head / GROUP;
     const int dim = lane % LANES * 8, line = lane / LANES;
+    const auto slot_of = [=](int j) { return (j * WARPS + warp) * LINES + line; };
     let_next_begin();
     u16 *keys = a.keys + its * a.key_head, *values = a.values + its * a.value_head;
     uint4 key[STEPS], value[STEPS];
 #pragma unroll
     for (int j = 0; j < STEPS; j++) {
-        const int slot = (j * WARPS + warp) * LINES + line;
+        const int slot = slot_of(j);
         key[j] = value[j] = make_uint4(0, 0, 0, 0);
-        if (VIEW % (WARPS * LINES) == 0 || slot < VIEW) {
+        if (ALL || slot < VIEW) {
             key[j] = *(const uint4 *)(keys + slot * a.key_slot + dim);
             value[j] = *(const uint4 *)(values + slot * a.value_slot + dim);
         }
@@ -45,8 +47,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attend(const __grid_con
     bool seen[STEPS];
 #pragma unroll
     for (int j = 0; j < STEPS; j++) {
-        const int slot = (j * WARPS + warp) * LINES + line;
-        seen[j] = (VIEW % (WARPS * LINES) == 0 || slot < VIEW) && a.mask[slot];
+        const int slot = slot_of(j);
+        seen[j] = (ALL || slot < VIEW) && a.mask[slot];
     }
     const uint4 new_value = *(const uint4 *)(a.v + its * DIM + dim);
     if (thread < 2 * DIM) {
@@ -62,7 +64,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attend(const __grid_con
     float d[STEPS][4];
 #pragma unroll
     for (int j = 0; j < STEPS; j++) {
-        if ((j * WARPS + warp) * LINES + line == here) key[j] = new_key, value[j] = new_value;
+        if (slot_of(j) == here) key[j] = new_key, value[j] = new_value;
         d[j][0] = d[j][1] = d[j][2] = d[j][3] = 0;
     }
     // Eight pieces of the query times eight of keys: on the diagonal is what belongs together, two pieces a line.

@@ -45,13 +45,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Tenso
     steps = min(_STEPS, max(1, every // lines))
     warps = max(1, every // (lines * steps))
     output = q.new_empty(1, 1, heads, dim)
-    mask = mask if mask.stride(3) == 1 else mask.contiguous()
+    cos, sin, mask = cos.contiguous(), sin.contiguous(), mask if mask.stride(3) == 1 else mask.contiguous()
     if q_norm is None and ahead and _attend_early(
-            (q, k, v, cos.contiguous(), sin.contiguous(), keys, values, slot, mask, output), heads, view, scale):
+            (q, k, v, cos, sin, keys, values, slot, mask, output), heads, view, scale):
         return output
     pdl = {"launch_pdl": True} if early(q.device) else {}
     _attend_one[(heads,)](
-        q, k, v, q if q_norm is None else q_norm, q if k_norm is None else k_norm, cos.contiguous(), sin.contiguous(),
+        q, k, v, q if q_norm is None else q_norm, q if k_norm is None else k_norm, cos, sin,
         keys, values, slot, mask, output, keys.stride(1), keys.stride(2),
         values.stride(1), values.stride(2), eps, SCALE=scale, SLOTS=view, GROUP=heads // keys.shape[1], DIM=dim,
         WIDE=wide, STEPS=steps, WARPS=warps, LINES=lines, NORM=q_norm is not None, PLUS=plus, EARLY=ahead,

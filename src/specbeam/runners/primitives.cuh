@@ -1,5 +1,5 @@
-// What stands before every kernel in CUDA C++ (cuda.py): the few instructions that C++ has no word for.
-// tests/runners/emulated.h has the same for a CPU.
+// What stands before every kernel in CUDA C++ (cuda.py): pairs of bf16, and the few instructions that C++ has no word
+// for, of which tests/runners/emulated.h has its own for a CPU.
 
 typedef unsigned short u16;  // a bf16
 typedef unsigned int u32;    // two of them, or bits
@@ -7,12 +7,13 @@ typedef unsigned int u32;    // two of them, or bits
 __device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 __device__ __forceinline__ float wide(u16 x) { return __uint_as_float((u32)x << 16); }
+
+#ifndef EMULATED
 __device__ __forceinline__ u16 narrow(float x) {
     u16 y;
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
     return y;
 }
-__device__ __forceinline__ float rounded(float x) { return wide(narrow(x)); }
 
 // 2 to the x.
 __device__ __forceinline__ float power(float x) {
@@ -34,3 +35,6 @@ __device__ __forceinline__ void multiply(float *d, u32 a0, u32 a1, u32 a2, u32 a
 // Programmatic dependent launch: the next kernel may begin; and what the kernels before did may be read.
 __device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;"); }
 __device__ __forceinline__ void wait_for_last() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+#endif
+
+__device__ __forceinline__ float rounded(float x) { return wide(narrow(x)); }
