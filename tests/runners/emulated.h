@@ -19,7 +19,7 @@ typedef unsigned int u32;
 #define __launch_bounds__(threads)
 #define __align__(bytes) __attribute__((aligned(bytes)))
 
-struct Index { u32 x; };
+struct Index { u32 x, y; };
 struct uint4 { u32 x, y, z, w; };
 struct float4 { float x, y, z, w; };
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
@@ -98,11 +98,19 @@ inline float __fdividef(float x, float y) { return x / y; }
 
 inline u16 narrow(float x) { return (bits<u32>(x) + 0x7fff + (bits<u32>(x) >> 16 & 1)) >> 16; }
 inline float power(float x) { return std::exp2(x); }
+inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
+inline int min(int x, int y) { return x < y ? x : y; }
+inline uint4 once(const void *p) { return *(const uint4 *)p; }
+inline uint4 now(const void *p) { return *(const uint4 *)p; }
+inline u32 now_one(const u16 *p) { return *p; }
+inline float later(u32 bits) { return ::bits<float>(bits << 16); }
 inline void let_next_begin() {}
 inline void wait_for_last() {}
 
 #define EMULATED
 #include "primitives.cuh"
+
+inline u32 times(u32 x, u32 y) { return narrow(low(x) * low(y)) | (u32)narrow(high(x) * high(y)) << 16; }
 
 // PTX, mma.m16n8k16: a[row][k] is in lane row % 8 * 4 + k % 8 / 2, register row / 8 + 2 (k / 8); b[k][column] in lane
 // column * 4 + k % 8 / 2, register k / 8; a lane's d are rows lane / 4 and 8 more, columns lane % 4 * 2 and the next.

@@ -11,10 +11,13 @@ if find_spec("triton") is None:
     pytest.skip("no triton", allow_module_level=True)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-from specbeam.runners import attend_few, attend_one, few_rows, fuse, matvec  # noqa: E402
+from specbeam.runners import attend_few, attend_one, few_rows, fuse, matvec, small  # noqa: E402
 
 if DEVICE == "cpu" and not matvec._product.__class__.__name__.startswith("Interpreted"):
     pytest.skip("triton is not interpreted", allow_module_level=True)
+
+
+hopper = pytest.mark.skipif(not matvec.early(torch.device(DEVICE)), reason="no GPU of Hopper's generation or later")
 
 
 def some(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -194,7 +197,38 @@ def test_what_lies_otherwise_in_memory_is_read_right():
     of_few((x, None, None, None, 0.0, False, [halves(56, 520) * 520**-0.5], [None], "", added, False))
 
 
-@pytest.mark.skipif(not matvec.early(torch.device(DEVICE)), reason="no GPU of Hopper's generation or later")
+@hopper
+@pytest.mark.parametrize(("columns", "sizes", "post", "normed", "plus", "act", "added", "biased"), [
+    (896, [896, 128, 128], False, True, False, "", False, True), (896, [896], False, False, False, "", True, False),
+    (896, [4864, 4864], False, True, False, "silu", False, False), (4864, [896], False, False, False, "", True, False),
+    (576, [100, 60, 20], False, True, False, "", False, False), (96, [40], False, False, False, "", True, True),
+    (1024, [328, 328], True, True, True, "gelu_tanh", False, True),
+    (2560, [2048, 1024, 1024], True, True, True, "", False, False),
+    (5632, [2048], False, False, False, "", True, False), (4096, [4096], False, False, False, "", True, False)])
+def test_one_row_in_cuda(columns, sizes, post, normed, plus, act, added, biased, monkeypatch):
+    launched = []
+    launch = small.cuda.launch
+    monkeypatch.setattr(small.cuda, "launch", lambda *given: launched.append(launch(*given)))
+    total = sizes[0] if act else sum(sizes)
+    given = [some(1, 1, columns), *([some(columns, seed=1), some(1, 1, columns, seed=2)] if post else [None, None]),
+             some(columns, seed=3) if normed else None, 1e-6, plus,
+             [some(size, columns, seed=4 + n) * columns**-0.5 for n, size in enumerate(sizes)],
+             [some(size, seed=7 + n) if biased else None for n, size in enumerate(sizes)], act,
+             some(1, 1, total, seed=9) if added else None, True]
+    given = [cast(one, torch.bfloat16) for one in given]
+    found, wanted = matvec.product(*given).double(), fuse._product(*[cast(one, torch.float64) for one in given])
+    assert launched and found.shape == wanted.shape and (found - wanted).norm() < 1e-2 * wanted.norm()
+    given[6][0][-1, -8:] += 0.5  # the last of its numbers counts
+    assert (matvec.product(*given).double() - found).abs().max() > 1e-3
+
+
+def cast(given, dtype):
+    if isinstance(given, list):
+        return [cast(one, dtype) for one in given]
+    return given.to(dtype) if isinstance(given, torch.Tensor) else given
+
+
+@hopper
 @pytest.mark.parametrize(("here", "heads", "key_heads", "view"), [
     (200, 14, 2, 256), (255, 32, 4, 256), (0, 2, 2, 300), (299, 14, 7, 300), (377, 4, 1, 384), (511, 32, 4, 512)])
 def test_one_tokens_attention_in_cuda(here, heads, key_heads, view, monkeypatch):

@@ -9,8 +9,6 @@ Of heads of 64 in bf16 attend.cu does it, in fewer instructions than Triton has 
 
 from __future__ import annotations
 
-import logging
-
 import torch
 import triton
 import triton.language as tl
@@ -24,7 +22,6 @@ from specbeam.runners.matvec import _begin, early
 _MOST_SLOTS, _MOST_BYTES = 512, 65536  # that a program has, of keys: as many values lie beside them
 _STEPS = 16
 _PTX = tl.constexpr(torch.version.hip is None)
-_by_cuda = True  # until it fails
 
 
 def suits(keys: Tensor, view: int) -> bool:
@@ -61,20 +58,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Tenso
 
 def _attend_early(given: tuple[Tensor, ...], heads: int, view: int, scale: float) -> bool:
     """Whether attend.cu did it."""
-    global _by_cuda
     q, keys, values = given[0], given[5], given[6]
     strides = *keys.stride()[1:3], *values.stride()[1:3]
-    if not (_by_cuda and early(q.device) and keys.shape[3] == 64 and keys.stride(3) == values.stride(3) == 1
+    if not (early(q.device) and keys.shape[3] == 64 and keys.stride(3) == values.stride(3) == 1
             and q.dtype == keys.dtype == torch.bfloat16 and not any(stride % 8 for stride in strides)
             and not any(one.data_ptr() % 16 for one in (*given[:5], keys, values))):
         return False
     warps = 4 if view <= 256 and heads <= 16 else 8  # as measured for 14 and for 32 heads
-    try:
-        function = cuda.kernel("attend", q.device, VIEW=view, GROUP=heads // keys.shape[1], WARPS=warps)
-    except Exception as failure:  # no bindings, a compiler that does not know the card: before anything is recorded
-        reason = f"{type(failure).__name__}: {failure}".splitlines()[0]
-        logging.getLogger("specbeam").info("attention stays with Triton (%s)", reason)
-        _by_cuda = False
+    function = cuda.found("attend", q.device, VIEW=view, GROUP=heads // keys.shape[1], WARPS=warps)
+    if function is None:
         return False
     arguments = cuda.Attention(*(one.data_ptr() for one in given), *strides, scale)
     cuda.launch(function, q.device, heads, 32 * warps, arguments)

@@ -6,13 +6,17 @@ NVIDIA's own bindings do both; torch's own wheels for such GPUs bring them along
 from __future__ import annotations
 
 import ctypes
+import logging
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _HERE = Path(__file__).parent
+_failed: set[torch.device] = set()  # where Triton's kernels stay
 
 
 class Attention(ctypes.Structure):
@@ -22,6 +26,36 @@ class Attention(ctypes.Structure):
         "q", "k", "v", "cos", "sin", "keys", "values", "slot", "mask", "out")),
         *((name, ctypes.c_longlong) for name in ("key_head", "key_slot", "value_head", "value_slot")),
         ("scale", ctypes.c_float))
+
+
+class Product(ctypes.Structure):
+    """What product.cu is given."""
+
+    _fields_ = (*((name, ctypes.c_void_p) for name in ("x", "norm", "added", "out")), ("weights", ctypes.c_void_p * 3),
+                ("biases", ctypes.c_void_p * 3), ("sizes", ctypes.c_int * 3), ("eps", ctypes.c_float))
+
+
+def product(x: Tensor, norm: Tensor | None, added: Tensor | None, out: Tensor, weights: Sequence[Tensor],
+            biases: Sequence[Tensor | None], eps: float) -> Product:
+    def place(one: Tensor | None) -> int | None:
+        return None if one is None else one.data_ptr()
+
+    three = ctypes.c_void_p * 3
+    return Product(place(x), place(norm), place(added), place(out), three(*map(place, weights)),
+                   three(*map(place, biases)), (ctypes.c_int * 3)(*map(len, weights)), eps)
+
+
+def found(name: str, device: torch.device, **given: int) -> Any | None:
+    """`kernel`; None without the bindings or with a compiler that does not know the card, which is said once."""
+    if device in _failed:
+        return None
+    try:
+        return kernel(name, device, **given)
+    except Exception as failure:
+        reason = f"{type(failure).__name__}: {failure}".splitlines()[0]
+        logging.getLogger("specbeam").info("one row's kernels stay Triton's (%s)", reason)
+        _failed.add(device)
+        return None
 
 
 @cache

@@ -7,6 +7,7 @@ loses is its beginning and its end: nothing is read while the one before it ends
 input is fetched. Here a kernel begins while those before it still run (programmatic dependent launch, Hopper and later)
 and reads its first weights before it waits for them; weights depend on no kernel. Several weights that have the same
 input are one kernel, which chooses among them by program; the norm before and the sum after it are done in it too.
+Of small layers in bf16 small.py does it.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from specbeam.runners import small
 from specbeam.runners.fuse import MOST_WEIGHTS
-
-ACTIVATIONS = ("", "silu", "gelu", "gelu_tanh", "relu")
+from specbeam.runners.small import ACTIVATIONS
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,9 @@ def product(x: Tensor, post: Tensor | None, residual: Tensor | None, norm: Tenso
     out = first.new_empty(1, 1, total + (columns if post is not None else 0))
     if post is not None and residual is not None:  # a kernel of its own: in each of many programs it takes longer
         x = join(x, post, residual, eps, plus, ahead, out[..., total:])
+    if ahead and tile is None and early(x.device) and small.product(
+            x, norm, eps, plus, weights, biases, act, added, out):
+        return out
     tile = tile or tiling(total, columns, gated)
     programs = [triton.cdiv(size, tile.rows) for size in (sizes[:1] if gated else sizes)]
     w = [*weights, *[first] * (MOST_WEIGHTS - len(weights))]

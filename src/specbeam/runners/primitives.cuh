@@ -15,6 +15,39 @@ __device__ __forceinline__ u16 narrow(float x) {
     return y;
 }
 
+// Both numbers of a pair times both of another.
+__device__ __forceinline__ u32 times(u32 x, u32 y) {
+    u32 z;
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
+    return z;
+}
+
+// Sixteen bytes that nobody reads again soon.
+__device__ __forceinline__ uint4 once(const void *p) {
+    uint4 v;
+    asm volatile("ld.global.L1::evict_first.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    return v;
+}
+
+// Sixteen bytes, or a bf16's bits, asked for where it is written: a compiler likes to do it where they are needed, one
+// after the other, and to convert a bf16 (`later` does) as soon as it was asked for.
+__device__ __forceinline__ uint4 now(const void *p) {
+    uint4 v;
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+    return v;
+}
+__device__ __forceinline__ u32 now_one(const u16 *p) {
+    u32 bits;
+    asm volatile("ld.global.u16 %0, [%1];" : "=r"(bits) : "l"(p) : "memory");
+    return bits;
+}
+__device__ __forceinline__ float later(u32 bits) {
+    asm volatile("shl.b32 %0, %0, 16;" : "+r"(bits));
+    return __uint_as_float(bits);
+}
+
 // 2 to the x.
 __device__ __forceinline__ float power(float x) {
     float y;

@@ -1,0 +1,133 @@
+// One row times weights, as matvec.py says: with the norm before them, the gate's activation and the sum behind them.
+//
+// A program has a tile of rows, a warp of it some of the columns of all of them. It holds all its weights in registers
+// before the row is there, and then has little left to do: each warp reads its part of the row once, tensor cores
+// multiply and add up, and one barrier joins the warps. As the next kernel may begin at once, the weights of several
+// kernels are on their way together.
+//
+// How a tensor core is asked (multiply in primitives.cuh): a [16, 16] has eight rows of weights twice, with half of the
+// columns in its upper and half in its lower eight rows, as a lane's sixteen bytes come from memory; b [16, 8] has the
+// row's numbers of those halves in one of four pairs of columns, and 0 in the others: of four steps each has a pair of
+// its own, so that a lane needs the row's numbers of one step in four. A row's sum is then over four lanes.
+//
+// Given: COLUMNS, WARPS, ROWS (of a program, a multiple of 8; half of them a gate's, half its up's), WEIGHTS, NORM,
+// PLUS (Gemma's norm: 1 more), ACT (0: no gate), ADDED; and primitives.cuh.
+
+constexpr int STEPS = COLUMNS / 32 / WARPS, TILES = ROWS / 8, SETS = (STEPS + 3) / 4;  // 32 columns a step
+constexpr int APART = TILES >= 4 ? 1 : 4 / TILES;  // sums: what a tensor core adds to it has to wait for
+static_assert(COLUMNS % (32 * WARPS) == 0 && ROWS % 8 == 0, "tiles have no rest");
+
+struct Args {
+    const u16 *x, *norm, *added;
+    u16 *out;
+    const u16 *weights[3], *biases[3];  // biases: or null
+    int sizes[3];
+    float eps;
+};
+
+__device__ __forceinline__ float activate(float x) {
+    if (ACT == 1) return __fdividef(x, 1.0f + power(-1.44269504f * x));
+    if (ACT == 2) return 0.5f * x * (1.0f + erff(x * 0.7071067811865476f));
+    if (ACT == 3) {
+        const float inner = 0.7978845608028654f * (x + 0.044715f * x * x * x);
+        return x * (1.0f - __fdividef(1.0f, power(2.88539008f * inner) + 1.0f));
+    }
+    return fmaxf(x, 0.0f);
+}
+
+__device__ __forceinline__ u32 gained(u32 x, u32 gain) {
+    return PLUS ? narrow(low(x) * (1.0f + low(gain))) | (u32)narrow(high(x) * (1.0f + high(gain))) << 16 : times(x, gain);
+}
+
+__device__ __forceinline__ float sum4(const float *x) {
+    const float4 four = *(const float4 *)x;
+    return (four.x + four.y) + (four.z + four.w);
+}
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS) product(const __grid_constant__ Args a) {
+    __shared__ __align__(16) float sums[WARPS][ROWS][4], squares[WARPS][4];
+    const u32 thread = threadIdx.x, warp = thread / 32, lane = thread % 32, line = lane / 4;
+    let_next_begin();
+    // Which of the weights this program has rows of.
+    int which = 0, tile = blockIdx.x, base = 0;
+#pragma unroll
+    for (int i = 0; i + 1 < WEIGHTS && !ACT; i++) {
+        const int tiles = (a.sizes[i] + ROWS - 1) / ROWS;
+        if (which == i && tile >= tiles) which++, tile -= tiles, base += a.sizes[i];
+    }
+    const int size = which == 2 ? a.sizes[2] : which ? a.sizes[1] : a.sizes[0];
+    constexpr int SHARE = ACT ? ROWS / 2 : ROWS;  // of one weight
+    // The last program of a weight begins so early that it has all its rows: some are then computed twice.
+    const int row = min(tile * SHARE, size - SHARE);
+    const u16 *weight = which == 2 ? a.weights[2] : which ? a.weights[1] : a.weights[0];
+    const u32 column = (warp * STEPS * 4 + lane % 4) * 8;
+    uint4 w[TILES][STEPS];
+#pragma unroll
+    for (int t = 0; t < TILES; t++) {
+        const u32 its = t * 8 + line;
+        const u16 *from = (its < SHARE ? weight : a.weights[1]) + (long long)(row + its % SHARE) * COLUMNS + column;
+#pragma unroll
+        for (int j = 0; j < STEPS; j++) w[t][j] = once(from + 32 * j);
+    }
+    // Four steps at a time, the last four of all (some then come once more) at the end.
+    const u32 pair = line / 2, odd = line % 2, begin = column + 32 * (STEPS < 4 ? min(pair, STEPS - 1) : pair);
+    const auto first_of = [](int set) { return STEPS < 4 ? 0 : min(4 * set, STEPS - 4); };
+    uint4 gain[NORM ? SETS : 1], x[SETS];
+#pragma unroll
+    for (int s = 0; s < SETS && NORM; s++) gain[s] = now(a.norm + begin + 32 * first_of(s));
+    const u16 *biases = which == 2 ? a.biases[2] : which ? a.biases[1] : a.biases[0];
+    u32 bias = 0, bias2 = 0, plus = 0;
+    if (thread < SHARE) {
+        if (biases) bias = now_one(biases + row + thread);
+        if (ACT && a.biases[1]) bias2 = now_one(a.biases[1] + row + thread);
+    }
+    wait_for_last();
+#pragma unroll
+    for (int s = 0; s < SETS; s++) x[s] = now(a.x + begin + 32 * first_of(s));
+    if (ADDED && thread < SHARE) plus = now_one(a.added + row + thread);
+    u32 any = plus;  // they are asked for together, not each when it is needed, as the first needs all (0 of them)
+#pragma unroll
+    for (int s = 1; s < SETS; s++) any |= x[s].x;
+    x[0].x |= any & blockIdx.y, x[0].y |= any & blockIdx.y;
+    float d[TILES][APART][4] = {}, square[4] = {};
+#pragma unroll
+    for (int s = 0; s < SETS; s++) {
+        u32 first = odd ? x[s].y : x[s].x, second = odd ? x[s].w : x[s].z;
+        if (NORM) {  // its scale is applied to the sums
+            const bool there = first_of(s) + pair >= 4 * s && first_of(s) + pair < STEPS;
+            multiply(square, x[s].x, x[s].y, x[s].z, x[s].w, there ? first : 0, there ? second : 0);
+            first = gained(first, odd ? gain[s].y : gain[s].x), second = gained(second, odd ? gain[s].w : gain[s].z);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int j = 4 * s + i;
+            if (j >= STEPS) continue;
+            const bool mine = pair == j - first_of(s);
+#pragma unroll
+            for (int t = 0; t < TILES; t++)
+                multiply(d[t][j % APART], w[t][j].x, w[t][j].y, w[t][j].z, w[t][j].w, mine ? first : 0, mine ? second : 0);
+        }
+    }
+#pragma unroll
+    for (int t = 0; t < TILES; t++) {  // the upper half's are in the pair's first column, the lower half's in its second
+        float sum = 0;
+#pragma unroll
+        for (int i = 0; i < APART; i++) sum += d[t][i][0] + d[t][i][3];
+        sums[warp][t * 8 + line][lane % 4] = sum;
+    }
+    if (NORM && lane % 9 == 0) squares[warp][lane / 9] = square[0] + square[3];  // the row times itself: a diagonal
+    __syncthreads();
+    if (thread < SHARE) {
+        float sum = 0, sum2 = 0, all = 0;
+#pragma unroll
+        for (int i = 0; i < WARPS; i++) {
+            sum += sum4(sums[i][thread]);
+            if (NORM) all += sum4(squares[i]);
+            if (ACT) sum2 += sum4(sums[i][SHARE + thread]);
+        }
+        const float scale = NORM ? rsqrtf(all * (1.0f / COLUMNS) + a.eps) : 1.0f;
+        float result = rounded(sum * scale + later(bias));
+        if (ACT) result = rounded(activate(result)) * rounded(sum2 * scale + later(bias2));
+        a.out[base + row + thread] = narrow(result + later(plus));
+    }
+}
