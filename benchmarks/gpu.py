@@ -32,6 +32,7 @@ import specbeam
 from specbeam.drafting import DRAFTERS, Proposal
 from specbeam.runners.graph import warming
 
+_SETTLE = 3.0  # seconds
 _QWEN = {"vocab_size": 151936, "num_key_value_heads": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
          "max_position_embeddings": 32768, "tie_word_embeddings": True, "rms_norm_eps": 1e-6}
 SHAPES: dict[str, Callable[[], hf.PretrainedConfig]] = {
@@ -114,11 +115,17 @@ def prompt(model: hf.PreTrainedModel, rows: int = 1, tokens: int = 64, seed: int
 
 
 def decode_rate(call: Callable[[], Any], repeats: int, warm: int = 1) -> tuple[float, Any]:
-    """Tokens per second of decoding (median of `repeats`, after the shapes were recorded), and the last output."""
+    """Tokens per second of decoding (median of `repeats`, after the shapes were recorded), and the last output.
+
+    A card that idled, as during compilation, first has to be busy for a while: an H200 takes 6 % longer until then."""
     rates = []
     for number in range(-warm, repeats):
         with warming() if number < 0 else nullcontext():
             out = call()
+        if number == -1:
+            began = time.perf_counter()
+            while time.perf_counter() - began < _SETTLE:
+                call()
         if number >= 0:
             tokens = sum(len(row) - trace.first_tokens for row, trace in zip(out.tokens, out.trace, strict=True))
             rates.append(tokens / out.trace[0].decode_seconds)
@@ -226,14 +233,9 @@ def formula(runner: str, repeats: int, lengths: list[int], shares: list[float], 
     given = prompt(target)
     eager = specbeam.greedy_generate(target, given, max_new_tokens=64).tokens[0]
     used = [specbeam.use_runner(model, runner) for model in (target, draft)]
-    plain, out = decode_rate(lambda: specbeam.greedy_generate(target, given, max_new_tokens=new), repeats)
-    alone, _ = decode_rate(lambda: specbeam.greedy_generate(draft, given, max_new_tokens=new), repeats)
-    ratio = read_bytes(draft) / read_bytes(target)
-    found: dict[str, Any] = {
-        "runner": used, "plain_ms": 1000 / plain, "draft_step_ms": 1000 / alone, "step_ratio": plain / alone,
-        "bytes_ratio": ratio, "plain_same_as_eager": out.tokens[0][:64] == eager, "rows": []}
-    print(f"{runner}: plain {1000 / plain:.3f} ms, draft step {1000 / alone:.3f} ms = {plain / alone:.3f} of it, bytes "
-          f"{ratio:.3f}", flush=True)
+    plain, out, costs = steps(target, draft, given, max(repeats, 9), new)
+    found: dict[str, Any] = {"runner": used, **costs, "plain_same_as_eager": out.tokens[0][:64] == eager, "rows": []}
+    save(found)
     for gamma in lengths:
         for share, drafter in product(shares, drafters):
             row = speculated(target, draft, given, after, gamma, share, drafter, 1 / plain, out.tokens[0], repeats,
@@ -241,6 +243,26 @@ def formula(runner: str, repeats: int, lengths: list[int], shares: list[float], 
             found["rows"].append(row)
             save(found)
     free()
+
+
+def steps(target: hf.PreTrainedModel, draft: hf.PreTrainedModel, given: torch.Tensor, repeats: int, new: int
+          ) -> tuple[float, Any, dict[str, Any]]:
+    """The target's plain tokens per second, its output, and both models' steps in turns: what a card gives changes by
+    5 % within minutes."""
+    def plain(model: hf.PreTrainedModel) -> Any:
+        return specbeam.greedy_generate(model, given, max_new_tokens=new)
+
+    _, out = decode_rate(partial(plain, target), 1)
+    decode_rate(partial(plain, draft), 1)
+    rates = [[decode_rate(partial(plain, model), 1, 0)[0] for model in (target, draft)] for _ in range(repeats)]
+    ratios, of_bytes = sorted(one / other for one, other in rates), read_bytes(draft) / read_bytes(target)
+    per_second, alone = (median(side) for side in zip(*rates, strict=True))
+    found = {"plain_ms": 1000 / per_second, "draft_step_ms": 1000 / alone, "bytes_ratio": of_bytes,
+             "step_ratios": ratios}
+    middle, low, high = (one / of_bytes for one in (median(ratios), ratios[0], ratios[-1]))
+    print(f"plain {1000 / per_second:.4f} ms, draft step {1000 / alone:.4f} ms: {middle:.3f} ({low:.3f} to {high:.3f}) "
+          f"times its share of the bytes, {of_bytes:.4f}", flush=True)
+    return per_second, out, found
 
 
 def speculated(target: hf.PreTrainedModel, draft: hf.PreTrainedModel, given: torch.Tensor, after: torch.Tensor,
@@ -319,7 +341,7 @@ def main() -> None:
     parser.add_argument("--runners", default="graph,compile", help="of limit; formula uses the last, batches the first")
     parser.add_argument("--models", default=",".join(SHAPES))
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--lengths", default="1,2,3,4,5,6,7,8,9,10")
+    parser.add_argument("--lengths", default="1,2,3,4,5,6,7,8,9,10", help="of formula; '': only both models' steps")
     parser.add_argument("--shares", default="0.5,0.6,0.7,0.8,0.9")
     parser.add_argument("--drafters", default="oracle,draft_model")
     parser.add_argument("--new", type=int, default=480, help="tokens that formula asks for: fewer are fewer shapes")
@@ -339,7 +361,7 @@ def main() -> None:
     if "limit" in parts:
         limit(runners, asked.repeats, asked.models.split(","), partial(save, "limit"))
     if "formula" in parts:
-        formula(runners[-1], asked.repeats, [int(n) for n in asked.lengths.split(",")],
+        formula(runners[-1], asked.repeats, [int(n) for n in asked.lengths.split(",") if n],
                 [float(n) for n in asked.shares.split(",")], asked.drafters.split(","), asked.new,
                 partial(save, "formula"))
     if "batches" in parts:
