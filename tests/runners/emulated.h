@@ -20,6 +20,7 @@ typedef unsigned int u32;
 #define __align__(bytes) __attribute__((aligned(bytes)))
 
 struct Index { u32 x, y; };
+struct uint2 { u32 x, y; };
 struct uint4 { u32 x, y, z, w; };
 struct float4 { float x, y, z, w; };
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
@@ -102,6 +103,7 @@ inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline int min(int x, int y) { return x < y ? x : y; }
 inline uint4 once(const void *p) { return *(const uint4 *)p; }
 inline uint4 now(const void *p) { return *(const uint4 *)p; }
+inline uint2 now_two(const void *p) { return *(const uint2 *)p; }
 inline u32 now_one(const u16 *p) { return *p; }
 inline float later(u32 bits) { return ::bits<float>(bits << 16); }
 inline void let_next_begin() {}

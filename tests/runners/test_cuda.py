@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from specbeam.runners import cuda, fuse
+from specbeam.runners import attended, cuda, fuse
 
 HERE = Path(__file__).parent
 SOURCES = Path(cuda.__file__).parent
@@ -27,16 +27,17 @@ def code(name: str, **given: int) -> bytes:
         pytest.skip("no NVRTC: pip install 'specbeam[kernels]'")
 
 
-@pytest.mark.parametrize("warps", [4, 8])
-@pytest.mark.parametrize("view", [256, 300, 512])
-def test_attention_compiles(view, warps):
-    assert b"attend" in code("attend", VIEW=view, GROUP=7, WARPS=warps)
+@pytest.mark.parametrize("view", [256, 300, 512, 1536])
+def test_attention_compiles(view):
+    shares = attended.shares(view)
+    assert shares is not None
+    assert b"attend" in code("attend", VIEW=view, HEADS=14, GROUP=7, SLOTS=shares[0], WARPS=shares[1])
 
 
 def test_what_the_compiler_says_is_said():
-    code("attend", VIEW=256, GROUP=1, WARPS=4)
+    code("attend", VIEW=256, HEADS=1, GROUP=1, SLOTS=128, WARPS=4)
     with pytest.raises(RuntimeError, match="VIEW"):
-        cuda.compiled("attend", 9, 0, GROUP=1, WARPS=4)
+        cuda.compiled("attend", 9, 0, HEADS=1, GROUP=1, SLOTS=128, WARPS=4)
 
 
 def emulated(folder: Path, name: str, fault: tuple[str, str] | None = None, **given: int) -> ctypes.CDLL:
@@ -49,41 +50,48 @@ def emulated(folder: Path, name: str, fault: tuple[str, str] | None = None, **gi
         text = text.replace(*fault)
     text = f'#include "emulated.h"\n{text}\nextern "C" void run(const Args *a, u32 programs, u32 count) ' \
            f'{{ emulate(programs, count, [=] {{ {name}(*a); }}); }}\n'
-    (folder / "kernel.cpp").write_text(text, encoding="utf-8")
+    (folder / f"{name}.cpp").write_text(text, encoding="utf-8")
     subprocess.run(["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", f"-I{HERE}", f"-I{SOURCES}",
-                    *(f"-D{key}={value}" for key, value in given.items()), "kernel.cpp", "-o", "kernel.so"],
+                    *(f"-D{key}={value}" for key, value in given.items()), f"{name}.cpp", "-o", f"{name}.so"],
                    cwd=folder, check=True)
-    return ctypes.CDLL(str(folder / "kernel.so"))
+    return ctypes.CDLL(str(folder / f"{name}.so"))
 
 
 def some(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
-def attended(folder, here, heads, key_heads, view, warps, fault=None):
-    """What attend.cu gives, the slots after it, and the same by fuse.py's twin in fp64."""
+def answered(folder, here, heads, key_heads, view, slots, warps, fault=None, behind=None):
+    """What attend.cu and then product.cu give, the slots after it, and the same by fuse.py's twin in fp64. fault: in
+    attention; behind: in the product."""
     q, k, v = some(1, 1, heads * 64, seed=1), some(1, 1, key_heads * 64, seed=2), some(1, 1, key_heads * 64, seed=3)
     keys, values = (some(1, key_heads, view + 9, 64, seed=n) for n in (4, 5))
     angle = torch.rand(32, generator=torch.Generator().manual_seed(here)).repeat(2)[None, None]
     cos, sin = angle.cos().bfloat16(), angle.sin().bfloat16()
     mask = torch.rand(1, 1, 1, view, generator=torch.Generator().manual_seed(here)) < 0.05
     mask[..., here], slot = True, torch.tensor([[here]])
+    weight, last = some(40, heads * 64, seed=6) * (heads * 64) ** -0.5, some(1, 1, 40, seed=7)
     wide = [one.double() for one in (q, k, v, cos, sin, keys, values)]
-    wanted = fuse._attend(*wide[:3], None, None, 0.0, False, *wide[3:], slot, view, mask, 0.125, True)
-    output = torch.full((1, 1, heads, 64), torch.nan).bfloat16()
-    given = (q, k, v, cos, sin, keys, values, slot, mask, output)
-    arguments = cuda.Attention(*(one.data_ptr() for one in given), *keys.stride()[1:3], *values.stride()[1:3], 0.125)
-    library = emulated(folder, "attend", fault, VIEW=view, GROUP=heads // key_heads, WARPS=warps)
-    library.run(ctypes.byref(arguments), heads, 32 * warps)
-    return output.double(), (keys, values), wanted, wide[5:]
+    wanted = fuse._attended(*wide, slot, view, mask, 0.125, weight.double(), None, last.double(), True)
+    parts = -(-view // slots)
+    said, out = torch.full((parts * heads * 66,), torch.nan), torch.full((1, 1, 40), torch.nan).bfloat16()
+    library = emulated(folder, "attend", fault, VIEW=view, HEADS=heads, GROUP=heads // key_heads, SLOTS=slots,
+                       WARPS=warps)
+    library.run(ctypes.byref(cuda.attention(q, k, v, cos, sin, keys, values, slot, mask, said, 0.125)), heads * parts,
+                32 * warps)
+    library = emulated(folder, "product", behind, COLUMNS=heads * 64, WARPS=heads, ROWS=8, WEIGHTS=1, NORM=0, PLUS=0,
+                       ACT=0, ADDED=1, PARTS=parts)
+    library.run(ctypes.byref(cuda.product(said, None, last, out, [weight], [None], 0.0)), 5, 32 * heads)
+    return out.double(), (keys, values), wanted, wide[5:]
 
 
-@pytest.mark.parametrize(("here", "heads", "key_heads", "view", "warps"), [
-    (200, 14, 2, 256, 4), (255, 4, 2, 256, 8), (0, 2, 2, 300, 8), (299, 3, 1, 300, 4), (511, 8, 1, 512, 8)])
-def test_one_tokens_attention(here, heads, key_heads, view, warps, tmp_path):
-    found, slots, wanted, its = attended(tmp_path, here, heads, key_heads, view, warps)
-    assert (found - wanted).norm() < 1e-2 * wanted.norm() and (found - wanted).abs().max() < 0.02
-    for mine, other in zip(slots, its, strict=True):
+@pytest.mark.parametrize(("here", "heads", "key_heads", "view", "slots", "warps"), [
+    (200, 14, 2, 256, 128, 8), (255, 4, 2, 256, 64, 2), (0, 2, 2, 300, 128, 4), (299, 3, 1, 300, 256, 8),
+    (511, 8, 1, 512, 128, 4), (767, 2, 1, 768, 128, 8)])
+def test_one_tokens_attention_and_the_product_behind_it(here, heads, key_heads, view, slots, warps, tmp_path):
+    found, kept, wanted, its = answered(tmp_path, here, heads, key_heads, view, slots, warps)
+    assert (found - wanted).norm() < 1e-2 * wanted.norm() and (found - wanted).abs().max() < 0.03
+    for mine, other in zip(kept, its, strict=True):
         assert (mine - other).abs().max() < 5e-2  # the new slot is turned in bf16
         others = [slot for slot in range(view + 9) if slot != here]
         assert torch.equal(mine[:, :, others], other[:, :, others].bfloat16())
@@ -92,7 +100,17 @@ def test_one_tokens_attention(here, heads, key_heads, view, warps, tmp_path):
 @pytest.mark.parametrize("fault", [
     ("&& a.mask[slot]", ""), ("== here) key[j] = new_key, value[j] = new_value;", "== here) value[j] = new_value;"),
     ("(place < DIM / 2 ? -other : other)", "other"), ("    __syncthreads();\n    const uint4 q", "    const uint4 q"),
-    ("norm += weight * total[", "norm += total[")], ids=["mask", "new key", "rotation", "no barrier", "no weights"])
+    ("norm += weight * total[", "norm += total["), ("said[0] = high, said[1] = norm", "said[0] = 0, said[1] = norm")],
+    ids=["mask", "new key", "rotation", "no barrier", "no weights", "parts alike"])
 def test_a_fault_in_it_shows(fault, tmp_path):
-    found, _, wanted, _ = attended(tmp_path, 200, 4, 2, 256, 4, fault)
-    assert not (found - wanted).abs().max() < 0.02
+    found, _, wanted, _ = answered(tmp_path, 100, 4, 2, 256, 128, 4, fault)
+    assert not (found - wanted).norm() < 2e-2 * wanted.norm()
+
+
+@pytest.mark.parametrize("fault", [
+    ("sum += weight * __uint_as_float(said[s][p].y);", "sum += weight;"), ("at + 2 * odd;", "at;"),
+    ("(p * COLUMNS + at) / DIM * 2", "p * COLUMNS / DIM * 2")],
+    ids=["no sums", "one half twice", "first head's"])
+def test_a_fault_in_what_puts_it_together_shows(fault, tmp_path):
+    found, _, wanted, _ = answered(tmp_path, 200, 4, 2, 256, 128, 4, behind=fault)
+    assert not (found - wanted).norm() < 2e-2 * wanted.norm()

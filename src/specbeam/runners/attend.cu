@@ -1,21 +1,25 @@
-// Attention of one new token of one row: a program for each query head (attend_one.py says what it is given).
+// Attention of one new token of one row: a program for each query head and SLOTS slots (attended.py says what it is
+// given). Their sum of weighted values, the sum of their weights and their largest score are put together by the product
+// that comes next (product.cu).
 //
 // Nothing of a layer takes as long for as little as this: what counts is how many instructions stand one behind the
-// other. Keys and values are in registers before the new ones are known; a warp has slots of its own, a slot's
-// numbers lie in 8 lanes; the scores come out of a tensor core, and the warps' softmaxes are joined at the end.
+// other. Keys and values are in registers before the new ones are known, in so few that there is room for a program
+// while what came before still runs; a warp has slots of its own, a slot's numbers lie in 8 lanes; the scores come out
+// of a tensor core, and the warps' softmaxes are joined at the end.
 //
-// Given: VIEW, GROUP (query heads of a key head), WARPS; and primitives.cuh.
+// Given: VIEW, SLOTS, HEADS, GROUP (query heads of a key head), WARPS; and primitives.cuh.
 
 constexpr int DIM = 64, LANES = DIM / 8, LINES = 32 / LANES;  // of a slot; slots of a warp at a time
-constexpr int STEPS = (VIEW + WARPS * LINES - 1) / (WARPS * LINES);
-constexpr bool ALL = VIEW % (WARPS * LINES) == 0;  // a warp's slots are all there
+constexpr int STEPS = SLOTS / (WARPS * LINES), PARTS = (VIEW + SLOTS - 1) / SLOTS;
+constexpr bool ALL = VIEW % SLOTS == 0;  // a program's slots are all there
+static_assert(SLOTS % (WARPS * LINES) == 0, "its warps have as many slots");
 
 struct Args {
     const u16 *q, *k, *v, *cos, *sin;
     u16 *keys, *values;
     const long long *slot;
     const unsigned char *mask;
-    u16 *out;
+    float *out;  // [PARTS, HEADS, DIM], and then [PARTS, HEADS, 2]: the largest score (of 2), the weights' sum
     long long key_head, key_slot, value_head, value_slot;
     float scale;
 };
@@ -24,9 +28,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attend(const __grid_con
     __shared__ __align__(16) u16 fresh[2][DIM];  // the new query and key
     __shared__ __align__(16) float mean[WARPS][DIM];
     __shared__ __align__(16) float best[WARPS], total[WARPS];
-    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, head = blockIdx.x, its = head / GROUP;
+    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, part = blockIdx.x % PARTS;
+    const int head = blockIdx.x / PARTS, its = head / GROUP;
     const int dim = lane % LANES * 8, line = lane / LANES;
-    const auto slot_of = [=](int j) { return (j * WARPS + warp) * LINES + line; };
+    const auto slot_of = [=](int j) { return part * SLOTS + (j * WARPS + warp) * LINES + line; };
     let_next_begin();
     u16 *keys = a.keys + its * a.key_head, *values = a.values + its * a.value_head;
     uint4 key[STEPS], value[STEPS];
@@ -39,11 +44,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attend(const __grid_con
             value[j] = *(const uint4 *)(values + slot * a.value_slot + dim);
         }
     }
-    // Turned by its position, each step rounded as transformers rounds it.
-    const int which = thread / DIM, place = thread % DIM, across = place < DIM / 2 ? place + DIM / 2 : place - DIM / 2;
-    const u16 *from = which == 0 ? a.q + head * DIM : a.k + its * DIM;
     wait_for_last();
     const int here = (int)*a.slot;
+    const bool writes = head % GROUP == 0 && part == 0;  // of a group's programs one
     bool seen[STEPS];
 #pragma unroll
     for (int j = 0; j < STEPS; j++) {
@@ -51,14 +54,20 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attend(const __grid_con
         seen[j] = (ALL || slot < VIEW) && a.mask[slot];
     }
     const uint4 new_value = *(const uint4 *)(a.v + its * DIM + dim);
-    if (thread < 2 * DIM) {
+    // Turned by its position, each step rounded as transformers rounds it.
+#pragma unroll
+    for (int i = 0; i < 2 * DIM; i += 32 * WARPS) {
+        const int which = (i + thread) / DIM, place = (i + thread) % DIM;
+        const int across = place < DIM / 2 ? place + DIM / 2 : place - DIM / 2;
+        if (which > 1) continue;
+        const u16 *from = which == 0 ? a.q + head * DIM : a.k + its * DIM;
         const float other = wide(from[across]);
         const u16 turned = narrow(rounded(wide(from[place]) * wide(a.cos[place]))
                                   + rounded((place < DIM / 2 ? -other : other) * wide(a.sin[place])));
         fresh[which][place] = turned;
-        if (which && head % GROUP == 0) keys[here * a.key_slot + place] = turned;
+        if (which && writes) keys[here * a.key_slot + place] = turned;
     }
-    if (head % GROUP == 0 && thread < LANES) *(uint4 *)(values + here * a.value_slot + dim) = new_value;
+    if (writes && thread < LANES) *(uint4 *)(values + here * a.value_slot + dim) = new_value;
     __syncthreads();
     const uint4 q = *(const uint4 *)(fresh[0] + dim), new_key = *(const uint4 *)(fresh[1] + dim);
     float d[STEPS][4];
@@ -69,9 +78,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attend(const __grid_con
     }
     // Eight pieces of the query times eight of keys: on the diagonal is what belongs together, two pieces a line.
 #pragma unroll
-    for (int j = 0; j < STEPS; j++) multiply(d[j], q.x, 0, q.y, 0, key[j].x, key[j].y);
-#pragma unroll
-    for (int j = 0; j < STEPS; j++) multiply(d[j], q.z, 0, q.w, 0, key[j].z, key[j].w);
+    for (int j = 0; j < STEPS; j++) {
+        multiply(d[j], q.x, 0, q.y, 0, key[j].x, key[j].y);
+        multiply(d[j], q.z, 0, q.w, 0, key[j].z, key[j].w);
+    }
     const bool diagonal = lane % 4 == lane / 8, odd = lane / 4 % 2;
     const float scale = a.scale * 1.44269504f;
     float score[STEPS], most = -1e30f;
@@ -109,18 +119,20 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attend(const __grid_con
     __syncthreads();
     constexpr int SHARES = 32 * WARPS / DIM < 4 ? 32 * WARPS / DIM : 4;  // threads of one number
     if (thread < SHARES * DIM) {
-        const int n = thread / SHARES, part = thread % SHARES;
+        const int n = thread / SHARES, share = thread % SHARES;
         float high = best[0], norm = 0, result = 0;
 #pragma unroll
         for (int w = 1; w < WARPS; w++) high = fmaxf(high, best[w]);
 #pragma unroll
         for (int w = 0; w < WARPS / SHARES; w++) {
-            const float weight = power(best[w * SHARES + part] - high);
-            norm += weight * total[w * SHARES + part], result += weight * mean[w * SHARES + part][n];
+            const float weight = power(best[w * SHARES + share] - high);
+            norm += weight * total[w * SHARES + share], result += weight * mean[w * SHARES + share][n];
         }
 #pragma unroll
         for (int i = SHARES / 2; i; i /= 2)
             norm += __shfl_xor_sync(~0u, norm, i), result += __shfl_xor_sync(~0u, result, i);
-        if (part == 0) a.out[head * DIM + n] = narrow(__fdividef(result, norm));
+        float *out = a.out + (part * HEADS + head) * DIM, *said = a.out + (PARTS * DIM + 2 * part) * HEADS + 2 * head;
+        if (share == 0) out[n] = result;
+        if (thread == 0) said[0] = high, said[1] = norm;
     }
 }

@@ -38,6 +38,12 @@ class Product(ctypes.Structure):
                 ("biases", ctypes.c_void_p * 3), ("sizes", ctypes.c_int * 3), ("eps", ctypes.c_float))
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slot: Tensor,
+              mask: Tensor, out: Tensor, scale: float) -> Attention:
+    return Attention(*(one.data_ptr() for one in (q, k, v, cos, sin, keys, values, slot, mask, out)),
+                     *keys.stride()[1:3], *values.stride()[1:3], scale)
+
+
 def product(x: Tensor, norm: Tensor | None, added: Tensor | None, out: Tensor, weights: Sequence[Tensor],
             biases: Sequence[Tensor | None], eps: float) -> Product:
     def place(one: Tensor | None) -> int | None:

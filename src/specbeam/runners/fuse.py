@@ -13,6 +13,7 @@ product: concatenated (or, with `act`, act(first) · second) weights · norm(x);
 attend: of heads q, k, v [rows, new, heads · dim], normed and turned, over the slots with the new ones, which are
     written. Slots: different within a row, below view; a token sees its own.
 attention: the same of what is turned and written already, [rows, heads, new, dim].
+attended: attend without norms, then product with one weight.
 join: residual + norm(x).
 ahead: what comes next waits before it reads any result, so that it may begin before this one's turn has come.
 """
@@ -25,7 +26,7 @@ from typing import Any
 
 import torch
 import torch._inductor.test_operators  # realize
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.nn import functional
 
 library = torch.library.Library("specbeam", "DEF")
@@ -35,6 +36,9 @@ library.define("product(Tensor x, Tensor? post, Tensor? residual, Tensor? norm, 
                "Tensor[] weights, Tensor?[] biases, str act, Tensor? added, bool ahead) -> Tensor")
 library.define("attend(Tensor q, Tensor k, Tensor v, Tensor? q_norm, Tensor? k_norm, float eps, bool plus, Tensor cos, "
                "Tensor sin, Tensor(a!) keys, Tensor(b!) values, Tensor slot, int view, Tensor mask, float scale, "
+               "bool ahead) -> Tensor")
+library.define("attended(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, "
+               "Tensor slot, int view, Tensor mask, float scale, Tensor weight, Tensor? bias, Tensor? added, "
                "bool ahead) -> Tensor")
 library.define("join(Tensor x, Tensor weight, Tensor residual, float eps, bool plus, bool ahead) -> Tensor")
 library.define("attention(Tensor query, Tensor key, Tensor value, Tensor mask, float scale) -> Tensor")
@@ -96,6 +100,13 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Tens
     return _attention(q, keys[:, :, :view], values[:, :, :view], mask, scale)
 
 
+def _attended(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slot: Tensor,
+              view: int, mask: Tensor, scale: float, weight: Tensor, bias: Tensor | None, added: Tensor | None,
+              ahead: bool) -> Tensor:
+    x = _attend(q, k, v, None, None, 0.0, False, cos, sin, keys, values, slot, view, mask, scale, ahead)
+    return _product(x.flatten(2), None, None, None, 0.0, False, [weight], [bias], "", added, ahead)
+
+
 def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
     return functional.scaled_dot_product_attention(
         query, key, value, mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1]).transpose(1, 2).contiguous()
@@ -107,8 +118,10 @@ def _join(x: Tensor, weight: Tensor, residual: Tensor, eps: float, plus: bool, a
 
 def _on_gpu(name: str, reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def call(x: Tensor, *args: Any) -> Tensor:
-        from specbeam.runners import attend_few, few_rows, matvec
+        from specbeam.runners import attend_few, attended, few_rows, matvec
 
+        if name == "attended":
+            return attended.attended(x, *args)
         if name in ("attend", "attention"):
             return getattr(attend_few, name)(x, *args)
         if _tokens(x) == 1:
@@ -129,7 +142,8 @@ def few(x: Tensor) -> bool:
 
 library.impl("linear", _linear, "CompositeImplicitAutograd")
 library.impl("norm", _norm, "CompositeImplicitAutograd")
-for _name, _reference in (("product", _product), ("attend", _attend), ("attention", _attention), ("join", _join)):
+for _name, _reference in (("product", _product), ("attend", _attend), ("attention", _attention), ("join", _join),
+                          ("attended", _attended)):
     library.impl(_name, _reference, "CPU")
     library.impl(_name, _on_gpu(_name, _reference), "CUDA")
 
@@ -145,6 +159,11 @@ def _(q, k, v, q_norm, k_norm, eps, plus, cos, sin, keys, values, slot, view, ma
     return q.new_empty(*slot.shape, q.numel() // slot.numel() // keys.shape[3], keys.shape[3])
 
 
+@torch.library.register_fake("specbeam::attended")
+def _(q, k, v, cos, sin, keys, values, slot, view, mask, scale, weight, bias, added, ahead):
+    return q.new_empty(*slot.shape, len(weight))
+
+
 @torch.library.register_fake("specbeam::attention")
 def _(query, key, value, mask, scale):
     return query.new_empty(query.shape[0], query.shape[2], query.shape[1], query.shape[3])
@@ -153,76 +172,6 @@ def _(query, key, value, mask, scale):
 @torch.library.register_fake("specbeam::join")
 def _(x, weight, residual, eps, plus, ahead):
     return torch.empty_like(residual, memory_format=torch.contiguous_format)
-
-
-class Product(nn.Linear):
-    """nn.Linear, to be found again."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        if input.numel() != self.in_features and (input.dim() != 3 or not few(input)):  # a library's product
-            return super().forward(input)
-        return ops.linear.default(input, self.weight, self.bias)
-
-
-class Head(Product):
-    """The output layer, outside of any trace."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        if (input.dim() != 3 or not few(input) or self.in_features % 8 or self.out_features % 8
-                or input.dtype != self.weight.dtype or input.dtype not in _DTYPES):
-            return nn.Linear.forward(self, input)
-        return ops.product.default(input, None, None, None, 0.0, False, [self.weight], [self.bias], "", None, False)
-
-
-class Norm(nn.Module):
-    """An RMSNorm, to be found again."""
-
-    plus = False
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return ops.norm.default(hidden_states, self.weight, eps_of(self), self.plus)
-
-
-class PlusNorm(Norm):
-    plus = True
-
-
-def eps_of(norm: Any) -> float:
-    return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
-
-
-@torch.no_grad()
-def norms(layers: list[Any]) -> dict[type, type]:
-    """Which classes of these layers are an RMSNorm, by what they do."""
-    found: dict[type, type] = {}
-    parts = [part for layer in layers for part in layer.modules() if "RMSNorm" in type(part).__name__]
-    for part in parts:
-        kind, weight = type(part), dict(part.named_parameters()).get("weight")
-        if found.get(kind, Norm) is nn.Module:
-            continue
-        same: type = nn.Module
-        if (weight is not None and weight.dim() == 1 and len([*part.parameters()]) == 1
-                and isinstance(getattr(part, "variance_epsilon", getattr(part, "eps", None)), float)):
-            x = torch.linspace(-3, 2, len(weight), device=weight.device).to(weight.dtype)[None]
-            for known in (Norm, PlusNorm):
-                if torch.allclose(part(x).float(), _norm(x, weight, eps_of(part), known.plus).float(), 1e-2, 1e-3):
-                    same = known
-        found[kind] = same if found.get(kind, same) is same else nn.Module
-    return {kind: known for kind, known in found.items() if known is not nn.Module}
-
-
-def attend(before: Callable[..., Any]) -> Callable[..., Any]:
-    """transformers' attention interface: of few tokens, to be found again; else what was there before."""
-    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-               dropout: float = 0.0, scaling: float | None = None, **options: Any) -> Any:
-        unknown = any(options.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))
-        if (query.shape[0] * query.shape[2] > MOST_TOKENS or attention_mask is None
-                or attention_mask.dtype != torch.bool or attention_mask.shape[1] != 1 or unknown or dropout
-                or value.shape != key.shape):
-            return before(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options)
-        scale = query.shape[3] ** -0.5 if scaling is None else float(scaling)
-        return ops.attention.default(query, key, value, attention_mask, scale), None
-    return attend
 
 
 def fuse(graph: fx.Graph) -> None:
@@ -241,6 +190,9 @@ def fuse(graph: fx.Graph) -> None:
     for node in [one for one in _nodes(graph) if _is(one, operator.add)]:
         _fuse_join(graph, node)
     _erase_dead(graph)
+    for node in [one for one in _nodes(graph) if one.target is ops.product.default]:
+        _fuse_attended(graph, node)
+    _erase_dead(graph)
     if all(_is_ours(node) for node in graph.nodes):
         for node in _nodes(graph):
             if _is_ours(node, views=False):
@@ -253,7 +205,7 @@ def _nodes(graph: fx.Graph) -> list[Node]:
 
 
 def _is_ours(node: Node, views: bool = True) -> bool:
-    if node.target in (ops.product.default, ops.attend.default, ops.join.default):
+    if node.target in (ops.product.default, ops.attend.default, ops.attended.default, ops.join.default):
         return True
     return views and (node.op in ("placeholder", "output") or _is(node, operator.getitem)
                       or (_is_view(node) and not _copies(node)))
@@ -290,8 +242,8 @@ def _only(node: Node, *users: Node) -> bool:
 def _erase_dead(graph: fx.Graph) -> None:
     """What only reads and is not read itself."""
     for node in reversed(_nodes(graph)):
-        pure = ((_is_ours(node) and node.target is not ops.attend.default) or _is_view(node) or _is(node, operator.add)
-                or _is(node, operator.mul)
+        writes = node.target in (ops.attend.default, ops.attended.default)
+        pure = ((_is_ours(node) and not writes) or _is_view(node) or _is(node, operator.add) or _is(node, operator.mul)
                 or node.target in (torch.cat, operator.neg, ops.norm.default, ops.linear.default, *_ACTIVATIONS))
         if not node.users and pure and node.op not in ("placeholder", "output"):
             graph.erase_node(node)
@@ -386,6 +338,29 @@ def _fuse_join(graph: fx.Graph, node: Node) -> None:
         made = graph.call_function(ops.join.default, (x, weight, residual, eps, plus, False))
     made.meta["example_value"] = _value(node)
     node.replace_all_uses_with(made)
+
+
+def _fuse_attended(graph: fx.Graph, node: Node) -> None:
+    """Of one token: there it saves a kernel."""
+    x, post, _, norm, _, _, weights, biases, act, added, _ = node.args
+    made = _bare(x)
+    if (made.target is not ops.attend.default or post is not None or norm is not None or act or len(weights) > 1
+            or made.args[3] is not None or _value(made.args[11]).numel() > 1):
+        return
+    chain = [x]
+    while chain[-1] is not made:
+        chain.append(chain[-1].args[0])
+    if any(len(one.users) > 1 for one in chain):
+        return
+    q, k, v, _, _, _, _, cos, sin, keys, values, slot, view, mask, scale, _ = made.args
+    with graph.inserting_before(node):
+        both = graph.call_function(ops.attended.default, (
+            q, k, v, cos, sin, keys, values, slot, view, mask, scale, *weights, *biases, added, False))
+    both.meta["example_value"] = _value(node)
+    node.replace_all_uses_with(both)
+    graph.erase_node(node)
+    for gone in chain:
+        graph.erase_node(gone)
 
 
 def _fuse_attention(graph: fx.Graph, node: Node) -> None:

@@ -38,6 +38,11 @@ __device__ __forceinline__ uint4 now(const void *p) {
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
     return v;
 }
+__device__ __forceinline__ uint2 now_two(const void *p) {  // fp32
+    uint2 v;
+    asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p) : "memory");
+    return v;
+}
 __device__ __forceinline__ u32 now_one(const u16 *p) {
     u32 bits;
     asm volatile("ld.global.u16 %0, [%1];" : "=r"(bits) : "l"(p) : "memory");

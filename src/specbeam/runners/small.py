@@ -16,9 +16,10 @@ from specbeam.runners import cuda
 ACTIVATIONS = ("", "silu", "gelu", "gelu_tanh", "relu")
 
 
-def tiling(rows: int, columns: int, gated: bool, normed: bool) -> tuple[int, int] | None:
-    """Rows that a program of product.cu has, and its warps. As measured on an H200 within layers of ten models, in
-    which it takes 2 to 35 % less time than Triton's; None where Triton's is the faster one, or may be."""
+def tiling(rows: int, columns: int, gated: bool, normed: bool, most: int = 0) -> tuple[int, int] | None:
+    """Rows that a program of product.cu has, and its warps. most: steps of a warp, for attended.py. As
+    measured on an H200 within layers of ten models, in which it takes 2 to 35 % less time than Triton's; None where
+    Triton's is the faster one, or may be."""
     steps, rest = divmod(columns, 32)
 
     def warps(most: int) -> int:
@@ -27,7 +28,10 @@ def tiling(rows: int, columns: int, gated: bool, normed: bool) -> tuple[int, int
 
     if rest or not steps or rows > 16384:
         return None
-    if gated:
+    shape: tuple[int, int] | None
+    if most:
+        shape = 8, warps(most)
+    elif gated:
         shape = (32, warps(8)) if columns <= 1024 else None
     elif normed:
         shape = (8, warps(8)) if columns <= 2560 else None
@@ -56,7 +60,7 @@ def product(x: Tensor, norm: Tensor | None, eps: float, plus: bool, weights: Seq
         return False
     function = cuda.found("product", x.device, COLUMNS=weights[0].shape[1], ROWS=shape[0], WARPS=shape[1],
                           WEIGHTS=len(weights), NORM=int(norm is not None), PLUS=int(plus and norm is not None),
-                          ACT=ACTIVATIONS.index(act), ADDED=int(added is not None))
+                          ACT=ACTIVATIONS.index(act), ADDED=int(added is not None), PARTS=0)
     if function is None:
         return False
     cuda.launch(function, x.device, sum(-(-size // share) for size in sizes), 32 * shape[1],
