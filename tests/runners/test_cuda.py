@@ -27,17 +27,19 @@ def code(name: str, **given: int) -> bytes:
         pytest.skip("no NVRTC: pip install 'specbeam[kernels]'")
 
 
+@pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("view", [256, 300, 512, 1536])
-def test_attention_compiles(view):
+def test_attention_compiles(view, dim):
     shares = attended.shares(view)
     assert shares is not None
-    assert b"attend" in code("attend", VIEW=view, HEADS=14, GROUP=7, SLOTS=shares[0], WARPS=shares[1])
+    assert b"attend" in code("attend", VIEW=view, HEADS=14, GROUP=7, SLOTS=shares[0], WARPS=shares[1], DIM=dim,
+                             NORM=int(dim > 64), PLUS=0)
 
 
 def test_what_the_compiler_says_is_said():
-    code("attend", VIEW=256, HEADS=1, GROUP=1, SLOTS=128, WARPS=4)
+    code("attend", VIEW=256, HEADS=1, GROUP=1, SLOTS=128, WARPS=4, DIM=64, NORM=0, PLUS=0)
     with pytest.raises(RuntimeError, match="VIEW"):
-        cuda.compiled("attend", 9, 0, HEADS=1, GROUP=1, SLOTS=128, WARPS=4)
+        cuda.compiled("attend", 9, 0, HEADS=1, GROUP=1, SLOTS=128, WARPS=4, DIM=64, NORM=0, PLUS=0)
 
 
 def emulated(folder: Path, name: str, fault: tuple[str, str] | None = None, **given: int) -> ctypes.CDLL:
@@ -61,35 +63,40 @@ def some(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
-def answered(folder, here, heads, key_heads, view, slots, warps, fault=None, behind=None):
+def answered(folder, here, heads, key_heads, view, slots, warps, dim=64, norm="", fault=None, behind=None):
     """What attend.cu and then product.cu give, the slots after it, and the same by fuse.py's twin in fp64. fault: in
     attention; behind: in the product."""
-    q, k, v = some(1, 1, heads * 64, seed=1), some(1, 1, key_heads * 64, seed=2), some(1, 1, key_heads * 64, seed=3)
-    keys, values = (some(1, key_heads, view + 9, 64, seed=n) for n in (4, 5))
-    angle = torch.rand(32, generator=torch.Generator().manual_seed(here)).repeat(2)[None, None]
+    q, k, v = (some(1, 1, count * dim, seed=n) for n, count in enumerate((heads, key_heads, key_heads)))
+    q_norm, k_norm = [some(dim, seed=n) / 9 + (norm == "llama") for n in (8, 9)] if norm else (None, None)
+    keys, values = (some(1, key_heads, view + 9, dim, seed=n) for n in (4, 5))
+    angle = torch.rand(dim // 2, generator=torch.Generator().manual_seed(here)).repeat(2)[None, None]
     cos, sin = angle.cos().bfloat16(), angle.sin().bfloat16()
     mask = torch.rand(1, 1, 1, view, generator=torch.Generator().manual_seed(here)) < 0.05
     mask[..., here], slot = True, torch.tensor([[here]])
-    weight, last = some(40, heads * 64, seed=6) * (heads * 64) ** -0.5, some(1, 1, 40, seed=7)
-    wide = [one.double() for one in (q, k, v, cos, sin, keys, values)]
-    wanted = fuse._attended(*wide, slot, view, mask, 0.125, weight.double(), None, last.double(), True)
+    weight, last = some(40, heads * dim, seed=6) * (heads * dim) ** -0.5, some(1, 1, 40, seed=7)
+    wide = [None if one is None else one.double() for one in (q, k, v, q_norm, k_norm, cos, sin, keys, values)]
+    wanted = fuse._attended(*wide[:5], 1e-6, norm == "gemma", *wide[5:], slot, view, mask, dim**-0.5, weight.double(),
+                            None, last.double(), True)
     parts = -(-view // slots)
-    said, out = torch.full((parts * heads * 66,), torch.nan), torch.full((1, 1, 40), torch.nan).bfloat16()
+    said, out = torch.full((parts * heads * (dim + 2),), torch.nan), torch.full((1, 1, 40), torch.nan).bfloat16()
     library = emulated(folder, "attend", fault, VIEW=view, HEADS=heads, GROUP=heads // key_heads, SLOTS=slots,
-                       WARPS=warps)
-    library.run(ctypes.byref(cuda.attention(q, k, v, cos, sin, keys, values, slot, mask, said, 0.125)), heads * parts,
-                32 * warps)
-    library = emulated(folder, "product", behind, COLUMNS=heads * 64, WARPS=heads, ROWS=8, WEIGHTS=1, NORM=0, PLUS=0,
-                       ACT=0, ADDED=1, PARTS=parts)
+                       WARPS=warps, DIM=dim, NORM=int(bool(norm)), PLUS=int(norm == "gemma"))
+    library.run(ctypes.byref(cuda.attention(q, k, v, q_norm, k_norm, cos, sin, keys, values, slot, mask, said,
+                                            dim**-0.5, 1e-6)), heads * parts, 32 * warps)
+    library = emulated(folder, "product", behind, COLUMNS=heads * dim, WARPS=heads, ROWS=8, WEIGHTS=1, NORM=0,
+                       PLUS=0, ACT=0, ADDED=1, PARTS=parts, DIM=dim)
     library.run(ctypes.byref(cuda.product(said, None, last, out, [weight], [None], 0.0)), 5, 32 * heads)
-    return out.double(), (keys, values), wanted, wide[5:]
+    return out.double(), (keys, values), wanted, wide[7:]
 
 
-@pytest.mark.parametrize(("here", "heads", "key_heads", "view", "slots", "warps"), [
-    (200, 14, 2, 256, 128, 8), (255, 4, 2, 256, 64, 2), (0, 2, 2, 300, 128, 4), (299, 3, 1, 300, 256, 8),
-    (511, 8, 1, 512, 128, 4), (767, 2, 1, 768, 128, 8)])
-def test_one_tokens_attention_and_the_product_behind_it(here, heads, key_heads, view, slots, warps, tmp_path):
-    found, kept, wanted, its = answered(tmp_path, here, heads, key_heads, view, slots, warps)
+@pytest.mark.parametrize(("here", "heads", "key_heads", "view", "slots", "warps", "dim", "norm"), [
+    (200, 14, 2, 256, 128, 8, 64, ""), (255, 4, 2, 256, 64, 2, 64, "llama"), (0, 2, 2, 300, 128, 4, 64, "gemma"),
+    (299, 3, 1, 300, 256, 8, 64, ""), (511, 8, 1, 512, 128, 4, 64, ""), (767, 2, 1, 768, 128, 8, 64, ""),
+    (130, 4, 2, 256, 128, 8, 128, ""), (299, 2, 1, 300, 128, 4, 128, "llama"), (77, 2, 2, 128, 64, 8, 256, "gemma"),
+    (255, 3, 1, 256, 128, 8, 256, "")])
+def test_one_tokens_attention_and_the_product_behind_it(here, heads, key_heads, view, slots, warps, dim, norm,
+                                                        tmp_path):
+    found, kept, wanted, its = answered(tmp_path, here, heads, key_heads, view, slots, warps, dim, norm)
     assert (found - wanted).norm() < 1e-2 * wanted.norm() and (found - wanted).abs().max() < 0.03
     for mine, other in zip(kept, its, strict=True):
         assert (mine - other).abs().max() < 5e-2  # the new slot is turned in bf16
@@ -99,11 +106,12 @@ def test_one_tokens_attention_and_the_product_behind_it(here, heads, key_heads, 
 
 @pytest.mark.parametrize("fault", [
     ("&& a.mask[slot]", ""), ("== here) key[j] = new_key, value[j] = new_value;", "== here) value[j] = new_value;"),
-    ("(place < DIM / 2 ? -other : other)", "other"), ("    __syncthreads();\n    const uint4 q", "    const uint4 q"),
+    ("(place(i) < DIM / 2 ? -other : other)", "other"),
+    ("    __syncthreads();\n    const uint4 query", "    const uint4 query"),
     ("norm += weight * total[", "norm += total["), ("said[0] = high, said[1] = norm", "said[0] = 0, said[1] = norm")],
     ids=["mask", "new key", "rotation", "no barrier", "no weights", "parts alike"])
 def test_a_fault_in_it_shows(fault, tmp_path):
-    found, _, wanted, _ = answered(tmp_path, 100, 4, 2, 256, 128, 4, fault)
+    found, _, wanted, _ = answered(tmp_path, 100, 4, 2, 256, 128, 4, norm="llama", fault=fault)
     assert not (found - wanted).norm() < 2e-2 * wanted.norm()
 
 

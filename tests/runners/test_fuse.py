@@ -61,8 +61,8 @@ def layer(monkeypatch):
 @pytest.mark.parametrize("name", BECOMES)
 def test_a_layer_becomes_few_operations(name, new, layer):
     found = Counter(node.target for node in layer(name, new).nodes)
-    both = found[OPS.attended.default]  # attention with the product behind it: one token's, without norms of q and k
-    assert both == (new == 1 and name in ("llama", "qwen2", "mistral-window"))
+    both = found[OPS.attended.default]  # attention with the product behind it
+    assert both == (BECOMES[name][1] if new == 1 else 0)
     assert (found[OPS.product.default] + both, found[OPS.attend.default] + both, found[OPS.join.default]
             ) == BECOMES[name]
 

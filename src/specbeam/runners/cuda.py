@@ -26,9 +26,9 @@ class Attention(ctypes.Structure):
     """What attend.cu is given."""
 
     _fields_ = (*((name, ctypes.c_void_p) for name in (
-        "q", "k", "v", "cos", "sin", "keys", "values", "slot", "mask", "out")),
+        "q", "k", "v", "q_norm", "k_norm", "cos", "sin", "keys", "values", "slot", "mask", "out")),
         *((name, ctypes.c_longlong) for name in ("key_head", "key_slot", "value_head", "value_slot")),
-        ("scale", ctypes.c_float))
+        ("scale", ctypes.c_float), ("eps", ctypes.c_float))
 
 
 class Product(ctypes.Structure):
@@ -38,20 +38,22 @@ class Product(ctypes.Structure):
                 ("biases", ctypes.c_void_p * 3), ("sizes", ctypes.c_int * 3), ("eps", ctypes.c_float))
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slot: Tensor,
-              mask: Tensor, out: Tensor, scale: float) -> Attention:
-    return Attention(*(one.data_ptr() for one in (q, k, v, cos, sin, keys, values, slot, mask, out)),
-                     *keys.stride()[1:3], *values.stride()[1:3], scale)
+def attention(q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, cos: Tensor, sin: Tensor,
+              keys: Tensor, values: Tensor, slot: Tensor, mask: Tensor, out: Tensor, scale: float, eps: float
+              ) -> Attention:
+    return Attention(*map(_place, (q, k, v, q_norm, k_norm, cos, sin, keys, values, slot, mask, out)),
+                     *keys.stride()[1:3], *values.stride()[1:3], scale, eps)
 
 
 def product(x: Tensor, norm: Tensor | None, added: Tensor | None, out: Tensor, weights: Sequence[Tensor],
             biases: Sequence[Tensor | None], eps: float) -> Product:
-    def place(one: Tensor | None) -> int | None:
-        return None if one is None else one.data_ptr()
-
     three = ctypes.c_void_p * 3
-    return Product(place(x), place(norm), place(added), place(out), three(*map(place, weights)),
-                   three(*map(place, biases)), (ctypes.c_int * 3)(*map(len, weights)), eps)
+    return Product(*map(_place, (x, norm, added, out)), three(*map(_place, weights)), three(*map(_place, biases)),
+                   (ctypes.c_int * 3)(*map(len, weights)), eps)
+
+
+def _place(one: Tensor | None) -> int | None:
+    return None if one is None else one.data_ptr()
 
 
 def found(name: str, device: torch.device, **given: int) -> Any | None:

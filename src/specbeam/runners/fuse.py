@@ -13,7 +13,7 @@ product: concatenated (or, with `act`, act(first) · second) weights · norm(x);
 attend: of heads q, k, v [rows, new, heads · dim], normed and turned, over the slots with the new ones, which are
     written. Slots: different within a row, below view; a token sees its own.
 attention: the same of what is turned and written already, [rows, heads, new, dim].
-attended: attend without norms, then product with one weight.
+attended: attend, then product with one weight.
 join: residual + norm(x).
 ahead: what comes next waits before it reads any result, so that it may begin before this one's turn has come.
 """
@@ -37,9 +37,9 @@ library.define("product(Tensor x, Tensor? post, Tensor? residual, Tensor? norm, 
 library.define("attend(Tensor q, Tensor k, Tensor v, Tensor? q_norm, Tensor? k_norm, float eps, bool plus, Tensor cos, "
                "Tensor sin, Tensor(a!) keys, Tensor(b!) values, Tensor slot, int view, Tensor mask, float scale, "
                "bool ahead) -> Tensor")
-library.define("attended(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, "
-               "Tensor slot, int view, Tensor mask, float scale, Tensor weight, Tensor? bias, Tensor? added, "
-               "bool ahead) -> Tensor")
+library.define("attended(Tensor q, Tensor k, Tensor v, Tensor? q_norm, Tensor? k_norm, float eps, bool plus, "
+               "Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, Tensor slot, int view, Tensor mask, "
+               "float scale, Tensor weight, Tensor? bias, Tensor? added, bool ahead) -> Tensor")
 library.define("join(Tensor x, Tensor weight, Tensor residual, float eps, bool plus, bool ahead) -> Tensor")
 library.define("attention(Tensor query, Tensor key, Tensor value, Tensor mask, float scale) -> Tensor")
 ops = torch.ops.specbeam
@@ -100,10 +100,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Tens
     return _attention(q, keys[:, :, :view], values[:, :, :view], mask, scale)
 
 
-def _attended(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slot: Tensor,
-              view: int, mask: Tensor, scale: float, weight: Tensor, bias: Tensor | None, added: Tensor | None,
-              ahead: bool) -> Tensor:
-    x = _attend(q, k, v, None, None, 0.0, False, cos, sin, keys, values, slot, view, mask, scale, ahead)
+def _attended(q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, plus: bool,
+              cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slot: Tensor, view: int, mask: Tensor,
+              scale: float, weight: Tensor, bias: Tensor | None, added: Tensor | None, ahead: bool) -> Tensor:
+    x = _attend(q, k, v, q_norm, k_norm, eps, plus, cos, sin, keys, values, slot, view, mask, scale, ahead)
     return _product(x.flatten(2), None, None, None, 0.0, False, [weight], [bias], "", added, ahead)
 
 
@@ -160,7 +160,7 @@ def _(q, k, v, q_norm, k_norm, eps, plus, cos, sin, keys, values, slot, view, ma
 
 
 @torch.library.register_fake("specbeam::attended")
-def _(q, k, v, cos, sin, keys, values, slot, view, mask, scale, weight, bias, added, ahead):
+def _(q, k, v, q_norm, k_norm, eps, plus, cos, sin, keys, values, slot, view, mask, scale, weight, bias, added, ahead):
     return q.new_empty(*slot.shape, len(weight))
 
 
@@ -345,17 +345,15 @@ def _fuse_attended(graph: fx.Graph, node: Node) -> None:
     x, post, _, norm, _, _, weights, biases, act, added, _ = node.args
     made = _bare(x)
     if (made.target is not ops.attend.default or post is not None or norm is not None or act or len(weights) > 1
-            or made.args[3] is not None or _value(made.args[11]).numel() > 1):
+            or _value(made.args[11]).numel() > 1):
         return
     chain = [x]
     while chain[-1] is not made:
         chain.append(chain[-1].args[0])
     if any(len(one.users) > 1 for one in chain):
         return
-    q, k, v, _, _, _, _, cos, sin, keys, values, slot, view, mask, scale, _ = made.args
     with graph.inserting_before(node):
-        both = graph.call_function(ops.attended.default, (
-            q, k, v, cos, sin, keys, values, slot, view, mask, scale, *weights, *biases, added, False))
+        both = graph.call_function(ops.attended.default, (*made.args[:-1], *weights, *biases, added, False))
     both.meta["example_value"] = _value(node)
     node.replace_all_uses_with(both)
     graph.erase_node(node)

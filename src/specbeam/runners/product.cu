@@ -13,11 +13,11 @@
 // Behind attention the row is in PARTS parts (attend.cu), of which each warp makes its part of the row.
 //
 // Given: COLUMNS, WARPS, ROWS (of a program, a multiple of 8; half of them a gate's, half its up's), WEIGHTS, NORM,
-// PLUS (Gemma's norm: 1 more), ACT (0: no gate), ADDED, PARTS (or 0); and primitives.cuh.
+// PLUS (Gemma's norm: 1 more), ACT (0: no gate), ADDED, PARTS (or 0), DIM (of a head, with
+// parts); and primitives.cuh.
 
 constexpr int STEPS = COLUMNS / 32 / WARPS, TILES = ROWS / 8, SETS = (STEPS + 3) / 4;  // 32 columns a step
 constexpr int APART = TILES >= 4 ? 1 : 4 / TILES;  // sums: what a tensor core adds to it has to wait for
-constexpr int DIM = 64;  // of attention's heads
 static_assert(COLUMNS % (32 * WARPS) == 0 && ROWS % 8 == 0, "tiles have no rest");
 
 struct Args {
