@@ -71,8 +71,7 @@ def attended(folder, here, heads, key_heads, view, warps, fault=None):
     wide = [one.double() for one in (q, k, v, cos, sin, keys, values)]
     wanted = fuse._attend(*wide[:3], None, None, 0.0, False, *wide[3:], slot, view, mask, 0.125, True)
     output = torch.full((1, 1, heads, 64), torch.nan).bfloat16()
-    given = (q, k, v, cos, sin, keys, values, slot, mask, output)
-    arguments = cuda.Attention(*(one.data_ptr() for one in given), *keys.stride()[1:3], *values.stride()[1:3], 0.125)
+    arguments = cuda.attention(q, k, v, cos, sin, keys, values, slot, mask, output, 0.125)
     library = emulated(folder, "attend", fault, VIEW=view, GROUP=heads // key_heads, WARPS=warps)
     library.run(ctypes.byref(arguments), heads, 32 * warps)
     return output.double(), (keys, values), wanted, wide[5:]

@@ -11,7 +11,7 @@ if find_spec("triton") is None:
     pytest.skip("no triton", allow_module_level=True)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-from specbeam.runners import attend_few, attend_one, few_rows, fuse, matvec, small  # noqa: E402
+from specbeam.runners import attend_few, attend_one, cuda, few_rows, fuse, matvec  # noqa: E402
 
 if DEVICE == "cpu" and not matvec._product.__class__.__name__.startswith("Interpreted"):
     pytest.skip("triton is not interpreted", allow_module_level=True)
@@ -197,6 +197,20 @@ def test_what_lies_otherwise_in_memory_is_read_right():
     of_few((x, None, None, None, 0.0, False, [halves(56, 520) * 520**-0.5], [None], "", added, False))
 
 
+def cast(given, dtype):
+    if isinstance(given, list):
+        return [cast(one, dtype) for one in given]
+    return given.to(dtype) if isinstance(given, torch.Tensor) else given
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """What CUDA's kernels were launched with."""
+    seen, launch = [], cuda.launch
+    monkeypatch.setattr(cuda, "launch", lambda *given: seen.append(given) or launch(*given))
+    return seen
+
+
 @hopper
 @pytest.mark.parametrize(("columns", "sizes", "post", "normed", "plus", "act", "added", "biased"), [
     (896, [896, 128, 128], False, True, False, "", False, True), (896, [896], False, False, False, "", True, False),
@@ -205,41 +219,28 @@ def test_what_lies_otherwise_in_memory_is_read_right():
     (1024, [328, 328], True, True, True, "gelu_tanh", False, True),
     (2560, [2048, 1024, 1024], True, True, True, "", False, False),
     (5632, [2048], False, False, False, "", True, False), (4096, [4096], False, False, False, "", True, False)])
-def test_one_row_in_cuda(columns, sizes, post, normed, plus, act, added, biased, monkeypatch):
-    launched = []
-    launch = small.cuda.launch
-    monkeypatch.setattr(small.cuda, "launch", lambda *given: launched.append(launch(*given)))
+def test_one_row_in_cuda(columns, sizes, post, normed, plus, act, added, biased, launched):
     total = sizes[0] if act else sum(sizes)
     given = [some(1, 1, columns), *([some(columns, seed=1), some(1, 1, columns, seed=2)] if post else [None, None]),
              some(columns, seed=3) if normed else None, 1e-6, plus,
              [some(size, columns, seed=4 + n) * columns**-0.5 for n, size in enumerate(sizes)],
              [some(size, seed=7 + n) if biased else None for n, size in enumerate(sizes)], act,
              some(1, 1, total, seed=9) if added else None, True]
-    given = [cast(one, torch.bfloat16) for one in given]
-    found, wanted = matvec.product(*given).double(), fuse._product(*[cast(one, torch.float64) for one in given])
+    given = cast(given, torch.bfloat16)
+    found, wanted = matvec.product(*given).double(), fuse._product(*cast(given, torch.float64))
     assert launched and found.shape == wanted.shape and (found - wanted).norm() < 1e-2 * wanted.norm()
     given[6][0][-1, -8:] += 0.5  # the last of its numbers counts
     assert (matvec.product(*given).double() - found).abs().max() > 1e-3
 
 
-def cast(given, dtype):
-    if isinstance(given, list):
-        return [cast(one, dtype) for one in given]
-    return given.to(dtype) if isinstance(given, torch.Tensor) else given
-
-
 @hopper
 @pytest.mark.parametrize(("here", "heads", "key_heads", "view"), [
     (200, 14, 2, 256), (255, 32, 4, 256), (0, 2, 2, 300), (299, 14, 7, 300), (377, 4, 1, 384), (511, 32, 4, 512)])
-def test_one_tokens_attention_in_cuda(here, heads, key_heads, view, monkeypatch):
-    launched = []
-    launch = attend_one.cuda.launch
-    monkeypatch.setattr(attend_one.cuda, "launch", lambda *given: launched.append(launch(*given)))
+def test_one_tokens_attention_in_cuda(here, heads, key_heads, view, launched):
     given, buffers, rest = several([[here]], heads, key_heads, 64, view, False, seed=here)
-    given, buffers = ([one.bfloat16() if isinstance(one, torch.Tensor) else one for one in both]
-                      for both in (given, buffers))
+    given, buffers = cast([given, buffers], torch.bfloat16)
     rest[-1] = True  # ahead
-    wide = [[one.double() if isinstance(one, torch.Tensor) else one for one in both] for both in (given, buffers)]
+    wide = cast([given, buffers], torch.float64)
     found, wanted = attend_few.attend(*given, *buffers, *rest).double(), fuse._attend(*wide[0], *wide[1], *rest)
     assert launched and (found - wanted).norm() < 1e-2 * wanted.norm()
     for mine, its in zip(buffers, wide[1], strict=True):

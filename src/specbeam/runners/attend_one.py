@@ -58,18 +58,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Tenso
 
 def _attend_early(given: tuple[Tensor, ...], heads: int, view: int, scale: float) -> bool:
     """Whether attend.cu did it."""
-    q, keys, values = given[0], given[5], given[6]
+    q, k, v, cos, sin, keys, values, slot, mask, output = given
     strides = *keys.stride()[1:3], *values.stride()[1:3]
     if not (early(q.device) and keys.shape[3] == 64 and keys.stride(3) == values.stride(3) == 1
             and q.dtype == keys.dtype == torch.bfloat16 and not any(stride % 8 for stride in strides)
-            and not any(one.data_ptr() % 16 for one in (*given[:5], keys, values))):
+            and not any(one.data_ptr() % 16 for one in (q, k, v, cos, sin, keys, values))):
         return False
     warps = 4 if view <= 256 and heads <= 16 else 8  # as measured for 14 and for 32 heads
     function = cuda.found("attend", q.device, VIEW=view, GROUP=heads // keys.shape[1], WARPS=warps)
     if function is None:
         return False
-    arguments = cuda.Attention(*(one.data_ptr() for one in given), *strides, scale)
-    cuda.launch(function, q.device, heads, 32 * warps, arguments)
+    cuda.launch(function, q.device, heads, 32 * warps, cuda.attention(
+        q, k, v, cos, sin, keys, values, slot, mask, output, scale))
     return True
 
 

@@ -38,14 +38,23 @@ class Product(ctypes.Structure):
                 ("biases", ctypes.c_void_p * 3), ("sizes", ctypes.c_int * 3), ("eps", ctypes.c_float))
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slot: Tensor,
+              mask: Tensor, out: Tensor, scale: float) -> Attention:
+    """Where these lie; they must stay alive until the kernel has run."""
+    return Attention(*map(_place, (q, k, v, cos, sin, keys, values, slot, mask, out)), *keys.stride()[1:3],
+                     *values.stride()[1:3], scale)
+
+
 def product(x: Tensor, norm: Tensor | None, added: Tensor | None, out: Tensor, weights: Sequence[Tensor],
             biases: Sequence[Tensor | None], eps: float) -> Product:
-    def place(one: Tensor | None) -> int | None:
-        return None if one is None else one.data_ptr()
-
+    """Likewise."""
     three = ctypes.c_void_p * 3
-    return Product(place(x), place(norm), place(added), place(out), three(*map(place, weights)),
-                   three(*map(place, biases)), (ctypes.c_int * 3)(*map(len, weights)), eps)
+    return Product(*map(_place, (x, norm, added, out)), three(*map(_place, weights)), three(*map(_place, biases)),
+                   (ctypes.c_int * 3)(*map(len, weights)), eps)
+
+
+def _place(one: Tensor | None) -> int | None:
+    return None if one is None else one.data_ptr()
 
 
 def found(name: str, device: torch.device, **given: int) -> Any | None:

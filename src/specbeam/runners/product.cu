@@ -36,7 +36,8 @@ __device__ __forceinline__ float activate(float x) {
 }
 
 __device__ __forceinline__ u32 gained(u32 x, u32 gain) {
-    return PLUS ? narrow(low(x) * (1.0f + low(gain))) | (u32)narrow(high(x) * (1.0f + high(gain))) << 16 : times(x, gain);
+    if (!PLUS) return times(x, gain);
+    return narrow(low(x) * (1.0f + low(gain))) | (u32)narrow(high(x) * (1.0f + high(gain))) << 16;
 }
 
 __device__ __forceinline__ float sum4(const float *x) {
@@ -105,11 +106,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) product(const __grid_co
             const bool mine = pair == j - first_of(s);
 #pragma unroll
             for (int t = 0; t < TILES; t++)
-                multiply(d[t][j % APART], w[t][j].x, w[t][j].y, w[t][j].z, w[t][j].w, mine ? first : 0, mine ? second : 0);
+                multiply(d[t][j % APART], w[t][j].x, w[t][j].y, w[t][j].z, w[t][j].w, mine ? first : 0,
+                         mine ? second : 0);
         }
     }
 #pragma unroll
-    for (int t = 0; t < TILES; t++) {  // the upper half's are in the pair's first column, the lower half's in its second
+    for (int t = 0; t < TILES; t++) {  // the upper half is in a pair's first column, the lower half in its second
         float sum = 0;
 #pragma unroll
         for (int i = 0; i < APART; i++) sum += d[t][i][0] + d[t][i][3];
