@@ -18,7 +18,6 @@ import gc
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -118,17 +117,16 @@ def decode_rate(call: Callable[[], Any], repeats: int, warm: int = 1) -> tuple[f
     """Tokens per second of decoding (median of `repeats`, after the shapes were recorded), and the last output.
 
     A card that idled, as during compilation, first has to be busy for a while: an H200 takes 6 % longer until then."""
-    rates = []
-    for number in range(-warm, repeats):
-        with warming() if number < 0 else nullcontext():
-            out = call()
-        if number == -1:
-            began = time.perf_counter()
-            while time.perf_counter() - began < _SETTLE:
-                call()
-        if number >= 0:
-            tokens = sum(len(row) - trace.first_tokens for row, trace in zip(out.tokens, out.trace, strict=True))
-            rates.append(tokens / out.trace[0].decode_seconds)
+    for _ in range(warm):
+        with warming():
+            call()
+    began, rates = time.perf_counter(), []
+    while warm and time.perf_counter() - began < _SETTLE:
+        call()
+    for _ in range(repeats):
+        out = call()
+        tokens = sum(len(row) - trace.first_tokens for row, trace in zip(out.tokens, out.trace, strict=True))
+        rates.append(tokens / out.trace[0].decode_seconds)
     return median(rates), out
 
 
@@ -258,7 +256,7 @@ def steps(target: hf.PreTrainedModel, draft: hf.PreTrainedModel, given: torch.Te
     ratios, of_bytes = sorted(one / other for one, other in rates), read_bytes(draft) / read_bytes(target)
     per_second, alone = (median(side) for side in zip(*rates, strict=True))
     found = {"plain_ms": 1000 / per_second, "draft_step_ms": 1000 / alone, "bytes_ratio": of_bytes,
-             "step_ratios": ratios}
+             "step_ratio": median(ratios), "step_ratios": ratios}
     middle, low, high = (one / of_bytes for one in (median(ratios), ratios[0], ratios[-1]))
     print(f"plain {1000 / per_second:.4f} ms, draft step {1000 / alone:.4f} ms: {middle:.3f} ({low:.3f} to {high:.3f}) "
           f"times its share of the bytes, {of_bytes:.4f}", flush=True)

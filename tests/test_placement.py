@@ -92,6 +92,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@needs_accelerate
 @pytest.mark.heavy
 def test_tensor_parallelism_over_two_processes(checkpoint: Path, tmp_path: Path) -> None:
     script = tmp_path / "parallel.py"

@@ -11,7 +11,7 @@ if find_spec("triton") is None:
     pytest.skip("no triton", allow_module_level=True)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-from specbeam.runners import attend_few, attend_one, attended, few_rows, fuse, matvec, small  # noqa: E402
+from specbeam.runners import attend_few, attend_one, attended, cuda, few_rows, fuse, matvec  # noqa: E402
 
 if DEVICE == "cpu" and not matvec._product.__class__.__name__.startswith("Interpreted"):
     pytest.skip("triton is not interpreted", allow_module_level=True)
@@ -197,6 +197,21 @@ def test_what_lies_otherwise_in_memory_is_read_right():
     of_few((x, None, None, None, 0.0, False, [halves(56, 520) * 520**-0.5], [None], "", added, False))
 
 
+def cast(given, dtype):
+    """Of what is in it numbers only: no masks, no slots."""
+    if isinstance(given, list):
+        return [cast(one, dtype) for one in given]
+    return given.to(dtype) if isinstance(given, torch.Tensor) and given.is_floating_point() else given
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """What CUDA's kernels were launched with."""
+    seen, launch = [], cuda.launch
+    monkeypatch.setattr(cuda, "launch", lambda *given: seen.append(given) or launch(*given))
+    return seen
+
+
 @hopper
 @pytest.mark.parametrize(("columns", "sizes", "post", "normed", "plus", "act", "added", "biased"), [
     (896, [896, 128, 128], False, True, False, "", False, True), (896, [896], False, False, False, "", True, False),
@@ -205,28 +220,18 @@ def test_what_lies_otherwise_in_memory_is_read_right():
     (1024, [328, 328], True, True, True, "gelu_tanh", False, True),
     (2560, [2048, 1024, 1024], True, True, True, "", False, False),
     (5632, [2048], False, False, False, "", True, False), (4096, [4096], False, False, False, "", True, False)])
-def test_one_row_in_cuda(columns, sizes, post, normed, plus, act, added, biased, monkeypatch):
-    launched = []
-    launch = small.cuda.launch
-    monkeypatch.setattr(small.cuda, "launch", lambda *given: launched.append(launch(*given)))
+def test_one_row_in_cuda(columns, sizes, post, normed, plus, act, added, biased, launched):
     total = sizes[0] if act else sum(sizes)
     given = [some(1, 1, columns), *([some(columns, seed=1), some(1, 1, columns, seed=2)] if post else [None, None]),
              some(columns, seed=3) if normed else None, 1e-6, plus,
              [some(size, columns, seed=4 + n) * columns**-0.5 for n, size in enumerate(sizes)],
              [some(size, seed=7 + n) if biased else None for n, size in enumerate(sizes)], act,
              some(1, 1, total, seed=9) if added else None, True]
-    given = [cast(one, torch.bfloat16) for one in given]
-    found, wanted = matvec.product(*given).double(), fuse._product(*[cast(one, torch.float64) for one in given])
+    given = cast(given, torch.bfloat16)
+    found, wanted = matvec.product(*given).double(), fuse._product(*cast(given, torch.float64))
     assert launched and found.shape == wanted.shape and (found - wanted).norm() < 1e-2 * wanted.norm()
     given[6][0][-1, -8:] += 0.5  # the last of its numbers counts
     assert (matvec.product(*given).double() - found).abs().max() > 1e-3
-
-
-def cast(given, dtype):
-    """Of what is in it numbers only: no masks, no slots."""
-    if isinstance(given, list):
-        return [cast(one, dtype) for one in given]
-    return given.to(dtype) if isinstance(given, torch.Tensor) and given.is_floating_point() else given
 
 
 @hopper
@@ -234,10 +239,7 @@ def cast(given, dtype):
     (200, 14, 2, 256, 64, False), (255, 32, 4, 256, 64, False), (0, 2, 2, 300, 64, True), (299, 14, 7, 300, 64, False),
     (377, 4, 1, 384, 64, False), (511, 32, 4, 512, 64, True), (1000, 14, 2, 1024, 64, False),
     (1500, 16, 2, 1536, 128, False), (511, 16, 8, 512, 128, True), (300, 8, 4, 512, 256, True)])
-def test_one_tokens_attention_and_the_product_behind_it_in_cuda(here, heads, key_heads, view, dim, normed, monkeypatch):
-    launched = []
-    launch = attended.cuda.launch
-    monkeypatch.setattr(attended.cuda, "launch", lambda *given: launched.append(launch(*given)))
+def test_one_tokens_attention_and_the_product_behind_it_in_cuda(here, heads, key_heads, view, dim, normed, launched):
     given, buffers, rest = several([[here]], heads, key_heads, dim, view, normed, seed=here)
     given, buffers = cast(given, torch.bfloat16), cast(buffers, torch.bfloat16)
     weight, last = cast([some(328, heads * dim) * (heads * dim) ** -0.5, some(1, 1, 328)], torch.bfloat16)

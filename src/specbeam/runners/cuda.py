@@ -41,12 +41,14 @@ class Product(ctypes.Structure):
 def attention(q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, cos: Tensor, sin: Tensor,
               keys: Tensor, values: Tensor, slot: Tensor, mask: Tensor, out: Tensor, scale: float, eps: float
               ) -> Attention:
+    """Where these lie; they must stay alive until the kernel has run."""
     return Attention(*map(_place, (q, k, v, q_norm, k_norm, cos, sin, keys, values, slot, mask, out)),
                      *keys.stride()[1:3], *values.stride()[1:3], scale, eps)
 
 
 def product(x: Tensor, norm: Tensor | None, added: Tensor | None, out: Tensor, weights: Sequence[Tensor],
             biases: Sequence[Tensor | None], eps: float) -> Product:
+    """Likewise."""
     three = ctypes.c_void_p * 3
     return Product(*map(_place, (x, norm, added, out)), three(*map(_place, weights)), three(*map(_place, biases)),
                    (ctypes.c_int * 3)(*map(len, weights)), eps)

@@ -30,8 +30,9 @@ __device__ __forceinline__ uint4 once(const void *p) {
     return v;
 }
 
-// Sixteen bytes, or a bf16's bits, asked for where it is written: a compiler likes to do it where they are needed, one
-// after the other, and to convert a bf16 (`later` does) as soon as it was asked for.
+// Sixteen bytes, or a bf16's bits, in the order that is written: a compiler likes to ask for each where it is needed,
+// one after the other (and still may, unless what comes first needs them all), and to convert a bf16 (`later` does) as
+// soon as it was asked for.
 __device__ __forceinline__ uint4 now(const void *p) {
     uint4 v;
     asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"

@@ -155,7 +155,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) product(const __grid_co
         }
     }
 #pragma unroll
-    for (int t = 0; t < TILES; t++) {  // the upper half's are in the pair's first column, the lower half's in its second
+    for (int t = 0; t < TILES; t++) {  // the upper half is in a pair's first column, the lower half in its second
         float sum = 0;
 #pragma unroll
         for (int i = 0; i < APART; i++) sum += d[t][i][0] + d[t][i][3];
