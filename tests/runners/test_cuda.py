@@ -43,17 +43,21 @@ def test_what_the_compiler_says_is_said():
 
 
 def emulated(folder: Path, name: str, fault: tuple[str, str] | None = None, **given: int) -> ctypes.CDLL:
-    """The kernel as a library with run(arguments, programs, threads). fault: a line, and what stands there instead."""
+    """The kernel as a library with run(arguments, programs, threads). fault: a line of it or of what it
+    includes, and what stands there instead."""
     if shutil.which("g++") is None:
         pytest.skip("no g++ on this machine")
-    text = (SOURCES / f"{name}.cu").read_text(encoding="utf-8")
+    texts = {one.name: one.read_text(encoding="utf-8") for one in (*SOURCES.glob("*.cuh"), SOURCES / f"{name}.cu")}
     if fault is not None:
-        assert text.count(fault[0]) == 1
-        text = text.replace(*fault)
-    text = f'#include "emulated.h"\n{text}\nextern "C" void run(const Args *a, u32 programs, u32 count) ' \
-           f'{{ emulate(programs, count, [=] {{ {name}(*a); }}); }}\n'
+        [its] = [its for its, text in texts.items() if fault[0] in text]
+        assert texts[its].count(fault[0]) == 1
+        texts[its] = texts[its].replace(*fault)
+    for its, text in texts.items():
+        (folder / its).write_text(text, encoding="utf-8")
+    text = (f'#include "emulated.h"\n#include "{name}.cu"\nextern "C" void run(const Args *a, u32 programs, '
+            f'u32 count) {{ emulate(programs, count, [=] {{ {name}(*a); }}); }}\n')
     (folder / f"{name}.cpp").write_text(text, encoding="utf-8")
-    subprocess.run(["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", f"-I{HERE}", f"-I{SOURCES}",
+    subprocess.run(["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-I.", f"-I{HERE}",
                     *(f"-D{key}={value}" for key, value in given.items()), f"{name}.cpp", "-o", f"{name}.so"],
                    cwd=folder, check=True)
     return ctypes.CDLL(str(folder / f"{name}.so"))

@@ -235,6 +235,21 @@ def test_one_row_in_cuda(columns, sizes, post, normed, plus, act, added, biased,
 
 
 @hopper
+@pytest.mark.parametrize(("columns", "rows", "gated"), [
+    (896, 4864, True), (4864, 896, False), (896, 1000, True), (1024, 3072, True), (3072, 1024, False)])
+def test_one_row_times_stored_weights_in_cuda(columns, rows, gated, launched):
+    given = [some(1, 1, columns), None, None, some(columns, seed=3) if gated else None, 1e-6, False,
+             [some(rows, columns, seed=4 + n) * columns**-0.5 for n in range(2 if gated else 1)],
+             [some(rows, seed=7 + n) for n in range(2 if gated else 1)], "silu" if gated else "",
+             None if gated else some(1, 1, rows, seed=9), fuse.STORED]
+    given = cast(given, torch.bfloat16)
+    found, wanted = matvec.product(*given).double(), fuse._product(*cast(given, torch.float64))
+    assert launched[0][-1] > 0 and (found - wanted).norm() < 1e-2 * wanted.norm()
+    given[6][0][-1, -8:] += 0.5
+    assert (matvec.product(*given).double() - found).abs().max() > 1e-3
+
+
+@hopper
 @pytest.mark.parametrize(("here", "heads", "key_heads", "view", "dim", "normed"), [
     (200, 14, 2, 256, 64, False), (255, 32, 4, 256, 64, False), (0, 2, 2, 300, 64, True), (299, 14, 7, 300, 64, False),
     (377, 4, 1, 384, 64, False), (511, 32, 4, 512, 64, True), (1000, 14, 2, 1024, 64, False),

@@ -47,7 +47,7 @@ def test_one_row_times_weights(columns, sizes, normed, plus, act, added, biased,
 @pytest.mark.parametrize("fault", [
     ("first_of(s) + pair >= 4 * s && ", ""), ("d[t][i][0] + d[t][i][3]", "d[t][i][0] + d[t][i][2]"),
     ("pair == j - first_of(s)", "pair == j % 4"), ("    __syncthreads();\n    if", "    if"),
-    ("second = gained(second,", "second = gained(first,"), (" + later(bias))", ")")],
+    ("second = gained(second,", "second = gained(first,"), ("sum * scale + later(bias))", "sum * scale)")],
     ids=["steps twice", "other half", "steps mixed", "no barrier", "gains mixed", "no bias"])
 def test_a_fault_in_a_product_shows(fault, tmp_path):
     found, wanted = multiplied(tmp_path, 896, [56, 24, 16], True, False, "", False, True, 8, 4, fault)

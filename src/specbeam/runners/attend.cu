@@ -8,7 +8,9 @@
 // of a tensor core, and the warps' softmaxes are joined at the end.
 //
 // Given: VIEW, SLOTS, HEADS, DIM (of a head: 64, 128 or 256), GROUP (query heads of a key head), WARPS, NORM (of query
-// and key, before they are turned), PLUS (Gemma's: 1 more); and primitives.cuh.
+// and key, before they are turned), PLUS (Gemma's: 1 more).
+
+#include "primitives.cuh"
 
 constexpr int LANES = DIM / 8, LINES = 32 / LANES;  // of a slot; slots of a warp at a time
 constexpr int STEPS = SLOTS / (WARPS * LINES), PARTS = (VIEW + SLOTS - 1) / SLOTS;
@@ -62,33 +64,35 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attend(const __grid_con
         const u16 *norm = number(i) < DIM ? a.q_norm : a.k_norm;
         weight[i][0] = now_one(norm + place(i)), weight[i][1] = now_one(norm + across(i));
     }
-    wait_for_last();
-    u32 raw[TURNS][4], every[2][NORM ? DIM / 32 : 1];
+    // These were there before the forward's first kernel of these began (cuda.py).
+    u32 raw[TURNS][4];
 #pragma unroll
-    for (int i = 0; i < TURNS; i++) {
-        const u16 *from = number(i) < DIM ? q : k;
-        raw[i][0] = now_one(from + place(i)), raw[i][1] = now_one(from + across(i));
-        raw[i][2] = now_one(a.cos + place(i)), raw[i][3] = now_one(a.sin + place(i));
-    }
-#pragma unroll
-    for (int i = 0; i < DIM / 32 && NORM; i++)  // by every warp for itself, as nobody then waits for another
-        every[0][i] = now_one(q + lane + 32 * i), every[1][i] = now_one(k + lane + 32 * i);
+    for (int i = 0; i < TURNS; i++) raw[i][2] = now_one(a.cos + place(i)), raw[i][3] = now_one(a.sin + place(i));
     const int here = (int)*a.slot;
-    const bool writes = head % GROUP == 0 && part == 0;  // of a group's programs one
-    const uint4 new_value = now(a.v + its * DIM + dim);
     bool seen[STEPS];
-    u32 any = here | new_value.x;
 #pragma unroll
     for (int j = 0; j < STEPS; j++) {
         const int slot = slot_of(j);
         seen[j] = (ALL || slot < VIEW) && a.mask[slot];
-        any |= seen[j];
+    }
+    wait_for_last();
+    u32 every[2][NORM ? DIM / 32 : 1];
+#pragma unroll
+    for (int i = 0; i < TURNS; i++) {
+        const u16 *from = number(i) < DIM ? q : k;
+        raw[i][0] = now_one(from + place(i)), raw[i][1] = now_one(from + across(i));
     }
 #pragma unroll
-    for (int i = 0; i < TURNS; i++) any |= raw[i][0] | raw[i][1] | raw[i][2] | raw[i][3];
+    for (int i = 0; i < DIM / 32 && NORM; i++)  // by every warp for itself, as nobody then waits for another
+        every[0][i] = now_one(q + lane + 32 * i), every[1][i] = now_one(k + lane + 32 * i);
+    const uint4 new_value = now(a.v + its * DIM + dim);
+    u32 any = new_value.x;
+#pragma unroll
+    for (int i = 0; i < TURNS; i++) any |= raw[i][0] | raw[i][1];
+    raw[0][0] |= any & blockIdx.y;  // (0 of it) all is asked for before the first of it is needed
     float scales[2] = {1, 1};
     if (NORM) {
-        every[0][0] |= any & blockIdx.y;  // (0 of it) all is asked for before the first of it is needed
+        every[0][0] |= any & blockIdx.y;
 #pragma unroll
         for (int n = 0; n < 2; n++) {
             float sum = 0;
@@ -107,9 +111,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attend(const __grid_con
         const u16 turned = narrow(rounded(one * later(raw[i][2]))
                                   + rounded((place(i) < DIM / 2 ? -other : other) * later(raw[i][3])));
         fresh[number(i) / DIM][place(i)] = turned;
-        if (number(i) >= DIM && writes) keys[here * a.key_slot + place(i)] = turned;
     }
-    if (writes && thread < LANES) *(uint4 *)(values + here * a.value_slot + dim) = new_value;
     __syncthreads();
     const uint4 query = *(const uint4 *)(fresh[0] + dim), new_key = *(const uint4 *)(fresh[1] + dim);
     float d[STEPS][4];
@@ -123,6 +125,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attend(const __grid_con
     for (int j = 0; j < STEPS; j++) {
         multiply(d[j], query.x, 0, query.y, 0, key[j].x, key[j].y);
         multiply(d[j], query.z, 0, query.w, 0, key[j].z, key[j].w);
+    }
+    if (head % GROUP == 0 && part == 0 && thread < LANES) {  // of a group's programs one writes
+        *(uint4 *)(keys + here * a.key_slot + dim) = new_key;
+        *(uint4 *)(values + here * a.value_slot + dim) = new_value;
     }
     const bool diagonal = lane % 4 == lane / 8, odd = lane / 4 % 2;
     const float scale = a.scale * 1.44269504f;

@@ -32,7 +32,7 @@ def suits(keys: Tensor, view: int) -> bool:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, plus: bool,
            cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slot: Tensor, view: int, mask: Tensor, scale: float,
-           ahead: bool) -> Tensor:
+           ahead: int) -> Tensor:
     """What fuse.py's `attend` says, for one token on a GPU."""
     dim, every = keys.shape[3], triton.next_power_of_2(view)
     q, k, v = (flat(one, 1) for one in (q, k, v))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from specbeam.runners import cuda, small
-from specbeam.runners.fuse import ops
+from specbeam.runners.fuse import STORED, ops
 
 
 def shares(view: int) -> tuple[int, int] | None:
@@ -22,11 +22,12 @@ def shares(view: int) -> tuple[int, int] | None:
 
 def attended(q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, plus: bool,
              cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slot: Tensor, view: int, mask: Tensor,
-             scale: float, weight: Tensor, bias: Tensor | None, added: Tensor | None, ahead: bool) -> Tensor:
+             scale: float, weight: Tensor, bias: Tensor | None, added: Tensor | None, ahead: int) -> Tensor:
     """What fuse.py's `attended` says, on a GPU."""
     if ahead and slot.numel() == 1:
         out = _by_cuda(
-            q, k, v, q_norm, k_norm, eps, plus, cos, sin, keys, values, slot, view, mask, scale, weight, bias, added)
+            q, k, v, q_norm, k_norm, eps, plus, cos, sin, keys, values, slot, view, mask, scale, weight, bias, added,
+            cuda.ALL if ahead == STORED else cuda.SOME)
         if out is not None:
             return out
     x = ops.attend.default(q, k, v, q_norm, k_norm, eps, plus, cos, sin, keys, values, slot, view, mask, scale, ahead)
@@ -35,7 +36,7 @@ def attended(q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Ten
 
 def _by_cuda(q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, plus: bool,
              cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slot: Tensor, view: int, mask: Tensor,
-             scale: float, weight: Tensor, bias: Tensor | None, added: Tensor | None) -> Tensor | None:
+             scale: float, weight: Tensor, bias: Tensor | None, added: Tensor | None, memory: int) -> Tensor | None:
     """None: not for these kernels."""
     from specbeam.runners.matvec import early
 
@@ -51,10 +52,10 @@ def _by_cuda(q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Ten
         return None
     [slots, warps], heads = share, columns // dim
     parts = -(-view // slots)
-    attention = cuda.found("attend", q.device, VIEW=view, SLOTS=slots, HEADS=heads, DIM=dim, WARPS=warps,
+    attention = cuda.found("attend", q.device, memory, VIEW=view, SLOTS=slots, HEADS=heads, DIM=dim, WARPS=warps,
                            GROUP=heads // keys.shape[1], NORM=int(q_norm is not None), PLUS=int(plus))
-    product = cuda.found("product", q.device, COLUMNS=columns, ROWS=tile[0], WARPS=tile[1], WEIGHTS=1, NORM=0, PLUS=0,
-                         ACT=0, ADDED=int(added is not None), PARTS=parts, DIM=dim)
+    product = cuda.found("product", q.device, memory, COLUMNS=columns, ROWS=tile[0], WARPS=tile[1], WEIGHTS=1, NORM=0,
+                         PLUS=0, ACT=0, ADDED=int(added is not None), PARTS=parts, DIM=dim)
     if attention is None or product is None:
         return None
     said, out = q.new_empty(parts * heads * (dim + 2), dtype=torch.float32), q.new_empty(1, 1, rows)

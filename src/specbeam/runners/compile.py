@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from specbeam.engine.runner import Adapter, Runner
-from specbeam.runners import fuse, graph, traced
+from specbeam.runners import cuda, fuse, graph, traced
 from specbeam.runners.graph import Slots
 
 # One row's product is a sum over rows of weights: with this, inductor writes it as such, and tunes how.
@@ -99,7 +99,7 @@ class Layers:
             for part, _ in numbered:
                 part.layer_idx = 0
             for layer, place in zip(layers, slots.layers, strict=True):
-                layer.forward = partial(self._layer, layer, slots, place)
+                layer.forward = partial(self._layer, layer, layer is layers[0], slots, place)
             for part in others:
                 part.forward = partial(self._other, part)
             own = graph.own_attention(adapter, slots) if adapter.device.type == "cuda" else nullcontext()
@@ -118,7 +118,9 @@ class Layers:
     def _other(self, part: nn.Module, *args: Any, **options: Any) -> Any:
         return self._compiled(args, options)(part, list(args), options)
 
-    def _layer(self, layer: nn.Module, slots: Slots, place: Any, *args: Any, **options: Any) -> Any:
+    def _layer(self, layer: nn.Module, first: bool, slots: Slots, place: Any, *args: Any, **options: Any) -> Any:
+        if first:
+            cuda.begin()
         mine = Place(place.keys, place.values, slots.rows, slots.slots, slots.view)
         return self._compiled(args, options)(layer, [mine if one is slots else one for one in args],
                              {name: mine if one is slots else one for name, one in options.items()})

@@ -15,7 +15,8 @@ attend: of heads q, k, v [rows, new, heads · dim], normed and turned, over the 
 attention: the same of what is turned and written already, [rows, heads, new, dim].
 attended: attend, then product with one weight.
 join: residual + norm(x).
-ahead: what comes next waits before it reads any result, so that it may begin before this one's turn has come.
+ahead: what comes next waits before it reads any result, so that it may begin before this one's turn has come. STORED:
+    and the weights of the layer's gate and of what comes behind it wait in shared memory (small.py).
 """
 
 from __future__ import annotations
@@ -33,19 +34,20 @@ library = torch.library.Library("specbeam", "DEF")
 library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 library.define("norm(Tensor x, Tensor weight, float eps, bool plus) -> Tensor")
 library.define("product(Tensor x, Tensor? post, Tensor? residual, Tensor? norm, float eps, bool plus, "
-               "Tensor[] weights, Tensor?[] biases, str act, Tensor? added, bool ahead) -> Tensor")
+               "Tensor[] weights, Tensor?[] biases, str act, Tensor? added, int ahead) -> Tensor")
 library.define("attend(Tensor q, Tensor k, Tensor v, Tensor? q_norm, Tensor? k_norm, float eps, bool plus, Tensor cos, "
                "Tensor sin, Tensor(a!) keys, Tensor(b!) values, Tensor slot, int view, Tensor mask, float scale, "
-               "bool ahead) -> Tensor")
+               "int ahead) -> Tensor")
 library.define("attended(Tensor q, Tensor k, Tensor v, Tensor? q_norm, Tensor? k_norm, float eps, bool plus, "
                "Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, Tensor slot, int view, Tensor mask, "
-               "float scale, Tensor weight, Tensor? bias, Tensor? added, bool ahead) -> Tensor")
-library.define("join(Tensor x, Tensor weight, Tensor residual, float eps, bool plus, bool ahead) -> Tensor")
+               "float scale, Tensor weight, Tensor? bias, Tensor? added, int ahead) -> Tensor")
+library.define("join(Tensor x, Tensor weight, Tensor residual, float eps, bool plus, int ahead) -> Tensor")
 library.define("attention(Tensor query, Tensor key, Tensor value, Tensor mask, float scale) -> Tensor")
 ops = torch.ops.specbeam
 
 Node = Any  # an fx.Node: what its arguments are is known here, not to mypy
 MOST_WEIGHTS, MOST_TOKENS = 3, 16
+STORED = 2  # of ahead
 _ACTIVATIONS: dict[Any, str] = {functional.silu: "silu", functional.relu: "relu", torch._C._nn.gelu: "gelu"}
 _DTYPES = {torch.bfloat16, torch.float16, torch.float32}
 _VIEWS = {"view", "reshape", "transpose", "contiguous", "unsqueeze"}
@@ -67,7 +69,7 @@ def _norm(x: Tensor, weight: Tensor, eps: float, plus: bool) -> Tensor:
 
 
 def _product(x: Tensor, post: Tensor | None, residual: Tensor | None, norm: Tensor | None, eps: float, plus: bool,
-             weights: list[Tensor], biases: list[Tensor | None], act: str, added: Tensor | None, ahead: bool
+             weights: list[Tensor], biases: list[Tensor | None], act: str, added: Tensor | None, ahead: int
              ) -> Tensor:
     if post is not None and residual is not None:
         x = residual + _norm(x, post, eps, plus)
@@ -88,7 +90,7 @@ def activate(name: str, x: Tensor) -> Tensor:
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, plus: bool,
             cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slot: Tensor, view: int, mask: Tensor, scale: float,
-            ahead: bool) -> Tensor:
+            ahead: int) -> Tensor:
     [rows, new], dim = slot.shape, keys.shape[3]
     q, k, v = (one.reshape(rows, new, -1, dim).transpose(1, 2) for one in (q, k, v))
     q, k = q if q_norm is None else _norm(q, q_norm, eps, plus), k if k_norm is None else _norm(k, k_norm, eps, plus)
@@ -102,7 +104,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Tens
 
 def _attended(q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, plus: bool,
               cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slot: Tensor, view: int, mask: Tensor,
-              scale: float, weight: Tensor, bias: Tensor | None, added: Tensor | None, ahead: bool) -> Tensor:
+              scale: float, weight: Tensor, bias: Tensor | None, added: Tensor | None, ahead: int) -> Tensor:
     x = _attend(q, k, v, q_norm, k_norm, eps, plus, cos, sin, keys, values, slot, view, mask, scale, ahead)
     return _product(x.flatten(2), None, None, None, 0.0, False, [weight], [bias], "", added, ahead)
 
@@ -112,7 +114,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: f
         query, key, value, mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1]).transpose(1, 2).contiguous()
 
 
-def _join(x: Tensor, weight: Tensor, residual: Tensor, eps: float, plus: bool, ahead: bool) -> Tensor:
+def _join(x: Tensor, weight: Tensor, residual: Tensor, eps: float, plus: bool, ahead: int) -> Tensor:
     return residual + _norm(x, weight, eps, plus)
 
 
@@ -194,10 +196,19 @@ def fuse(graph: fx.Graph) -> None:
         _fuse_attended(graph, node)
     _erase_dead(graph)
     if all(_is_ours(node) for node in graph.nodes):
+        ahead = STORED if _stores(graph) else 1
         for node in _nodes(graph):
             if _is_ours(node, views=False):
-                node.args = (*node.args[:-1], True)
+                node.args = (*node.args[:-1], ahead)
     graph.lint()
+
+
+def _stores(graph: fx.Graph) -> bool:
+    """Whether the weights of this layer's gate and of what comes behind it can wait in a GPU's shared memory."""
+    from specbeam.runners.small import stores
+
+    gates = [node for node in _nodes(graph) if node.target is ops.product.default and node.args[8]]
+    return len(gates) == 1 and stores(_value(gates[0].args[6][0]))
 
 
 def _nodes(graph: fx.Graph) -> list[Node]:
@@ -286,7 +297,7 @@ def _fuse_products(graph: fx.Graph, group: list[Node]) -> None:
     if before[1] is not None and added is not None:
         return
     with graph.inserting_before(at if before[1] is None else hidden):
-        made = graph.call_function(ops.product.default, (*before, weights, biases, act, added, False))
+        made = graph.call_function(ops.product.default, (*before, weights, biases, act, added, 0))
     sizes = [shapes[0][0]] if act else [shape[0] for shape in shapes]
     start = 0
     with graph.inserting_after(made):
@@ -335,7 +346,7 @@ def _fuse_join(graph: fx.Graph, node: Node) -> None:
         return
     x, weight, eps, plus = normed.args
     with graph.inserting_before(node):
-        made = graph.call_function(ops.join.default, (x, weight, residual, eps, plus, False))
+        made = graph.call_function(ops.join.default, (x, weight, residual, eps, plus, 0))
     made.meta["example_value"] = _value(node)
     node.replace_all_uses_with(made)
 
@@ -353,7 +364,7 @@ def _fuse_attended(graph: fx.Graph, node: Node) -> None:
     if any(len(one.users) > 1 for one in chain):
         return
     with graph.inserting_before(node):
-        both = graph.call_function(ops.attended.default, (*made.args[:-1], *weights, *biases, added, False))
+        both = graph.call_function(ops.attended.default, (*made.args[:-1], *weights, *biases, added, 0))
     both.meta["example_value"] = _value(node)
     node.replace_all_uses_with(both)
     graph.erase_node(node)
@@ -397,7 +408,7 @@ def _fuse_attention(graph: fx.Graph, node: Node) -> None:
     eps, plus = q[4:6]
     with graph.inserting_before(node):
         made = graph.call_function(ops.attend.default, (
-            q[0], k[0], v, q[3], k[3], eps, plus, cos, sin, keys, values, slot, view, mask, scale, False))
+            q[0], k[0], v, q[3], k[3], eps, plus, cos, sin, keys, values, slot, view, mask, scale, 0))
     made.meta["example_value"] = _value(node)
     node.replace_all_uses_with(made)
     for gone in (node, key, value, new_k, new_v):

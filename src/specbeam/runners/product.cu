@@ -13,37 +13,13 @@
 // Behind attention the row is in PARTS parts (attend.cu), of which each warp makes its part of the row.
 //
 // Given: COLUMNS, WARPS, ROWS (of a program, a multiple of 8; half of them a gate's, half its up's), WEIGHTS, NORM,
-// PLUS (Gemma's norm: 1 more), ACT (0: no gate), ADDED, PARTS (or 0), DIM (of a head, with
-// parts); and primitives.cuh.
+// ADDED, PARTS (or 0), DIM (of a head, with parts); and what row.cuh is.
+
+#include "row.cuh"
 
 constexpr int STEPS = COLUMNS / 32 / WARPS, TILES = ROWS / 8, SETS = (STEPS + 3) / 4;  // 32 columns a step
 constexpr int APART = TILES >= 4 ? 1 : 4 / TILES;  // sums: what a tensor core adds to it has to wait for
 static_assert(COLUMNS % (32 * WARPS) == 0 && ROWS % 8 == 0, "tiles have no rest");
-
-struct Args {
-    const void *x;
-    const u16 *norm, *added;
-    u16 *out;
-    const u16 *weights[3], *biases[3];  // biases: or null
-    int sizes[3];
-    float eps;
-};
-
-__device__ __forceinline__ float activate(float x) {
-    if (ACT == 1) return __fdividef(x, 1.0f + power(-1.44269504f * x));
-    if (ACT == 2) return 0.5f * x * (1.0f + erff(x * 0.7071067811865476f));
-    if (ACT == 3) {
-        const float inner = 0.7978845608028654f * (x + 0.044715f * x * x * x);
-        return x * (1.0f - __fdividef(1.0f, power(2.88539008f * inner) + 1.0f));
-    }
-    return fmaxf(x, 0.0f);
-}
-
-__device__ __forceinline__ u32 pair_of(float x, float y) { return narrow(x) | (u32)narrow(y) << 16; }
-
-__device__ __forceinline__ u32 gained(u32 x, u32 gain) {
-    return PLUS ? pair_of(low(x) * (1.0f + low(gain)), high(x) * (1.0f + high(gain))) : times(x, gain);
-}
 
 __device__ __forceinline__ float sum4(const float *x) {
     const float4 four = *(const float4 *)x;
@@ -172,8 +148,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) product(const __grid_co
             if (ACT) sum2 += sum4(sums[i][SHARE + thread]);
         }
         const float scale = NORM ? rsqrtf(all * (1.0f / COLUMNS) + a.eps) : 1.0f;
-        float result = rounded(sum * scale + later(bias));
-        if (ACT) result = rounded(activate(result)) * rounded(sum2 * scale + later(bias2));
-        a.out[base + row + thread] = narrow(result + later(plus));
+        a.out[base + row + thread] = finished(sum, sum2, scale, bias, bias2, plus);
     }
 }

@@ -27,7 +27,7 @@ class Head(Product):
         if (input.dim() != 3 or not few(input) or self.in_features % 8 or self.out_features % 8
                 or input.dtype != self.weight.dtype or input.dtype not in _DTYPES):
             return nn.Linear.forward(self, input)
-        return ops.product.default(input, None, None, None, 0.0, False, [self.weight], [self.bias], "", None, False)
+        return ops.product.default(input, None, None, None, 0.0, False, [self.weight], [self.bias], "", None, 0)
 
 
 class Norm(nn.Module):
