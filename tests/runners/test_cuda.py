@@ -27,10 +27,9 @@ def code(name: str, **given: int) -> bytes:
         pytest.skip("no NVRTC: pip install 'specbeam[kernels]'")
 
 
-@pytest.mark.parametrize("dim", [64, 128, 256])
-@pytest.mark.parametrize("view", [256, 300, 512, 1536])
+@pytest.mark.parametrize(("view", "dim"), [(256, 64), (300, 64), (1536, 64), (256, 128), (700, 128)])
 def test_attention_compiles(view, dim):
-    shares = attended.shares(view)
+    shares = attended.shares(view, dim)
     assert shares is not None
     assert b"attend" in code("attend", VIEW=view, HEADS=14, GROUP=7, SLOTS=shares[0], WARPS=shares[1], DIM=dim,
                              NORM=int(dim > 64), PLUS=0)
@@ -96,8 +95,7 @@ def answered(folder, here, heads, key_heads, view, slots, warps, dim=64, norm=""
 @pytest.mark.parametrize(("here", "heads", "key_heads", "view", "slots", "warps", "dim", "norm"), [
     (200, 14, 2, 256, 128, 8, 64, ""), (255, 4, 2, 256, 64, 2, 64, "llama"), (0, 2, 2, 300, 128, 4, 64, "gemma"),
     (299, 3, 1, 300, 256, 8, 64, ""), (511, 8, 1, 512, 128, 4, 64, ""), (767, 2, 1, 768, 128, 8, 64, ""),
-    (130, 4, 2, 256, 128, 8, 128, ""), (299, 2, 1, 300, 128, 4, 128, "llama"), (77, 2, 2, 128, 64, 8, 256, "gemma"),
-    (255, 3, 1, 256, 128, 8, 256, "")])
+    (130, 4, 2, 256, 128, 8, 128, ""), (299, 2, 1, 300, 128, 4, 128, "llama"), (77, 2, 2, 128, 64, 8, 128, "gemma")])
 def test_one_tokens_attention_and_the_product_behind_it(here, heads, key_heads, view, slots, warps, dim, norm,
                                                         tmp_path):
     found, kept, wanted, its = answered(tmp_path, here, heads, key_heads, view, slots, warps, dim, norm)

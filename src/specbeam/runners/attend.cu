@@ -7,7 +7,7 @@
 // while what came before still runs; a warp has slots of its own, a slot's numbers lie in 8 lanes; the scores come out
 // of a tensor core, and the warps' softmaxes are joined at the end.
 //
-// Given: VIEW, SLOTS, HEADS, DIM (of a head: 64, 128 or 256), GROUP (query heads of a key head), WARPS, NORM (of query
+// Given: VIEW, SLOTS, HEADS, DIM (of a head: 64 or 128), GROUP (query heads of a key head), WARPS, NORM (of query
 // and key, before they are turned), PLUS (Gemma's: 1 more).
 
 #include "primitives.cuh"
@@ -138,7 +138,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attend(const __grid_con
         float sum = diagonal ? (odd ? d[j][1] : d[j][0]) : 0.0f;
         sum += __shfl_xor_sync(~0u, sum, 4);
         if (LANES > 8) sum += __shfl_xor_sync(~0u, sum, 9);
-        if (LANES > 16) sum += __shfl_xor_sync(~0u, sum, 18);
         sum = __shfl_sync(~0u, sum, line * (LANES + LANES / 8)) * scale;
         score[j] = seen[j] ? sum : -1e30f;
         most = fmaxf(most, score[j]);

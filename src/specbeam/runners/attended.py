@@ -13,11 +13,11 @@ from specbeam.runners import cuda, small
 from specbeam.runners.fuse import STORED, ops
 
 
-def shares(view: int) -> tuple[int, int] | None:
-    """Slots that a program has, and its warps; None: more than is measured."""
-    if view <= 1024:
-        return 128, 8
-    return (256, 8) if view <= 2048 else None
+def shares(view: int, dim: int) -> tuple[int, int] | None:
+    """Slots that a program has, and its warps, as measured on an H200; None: Triton's is faster, or may be."""
+    if dim not in (64, 128) or view > (2048 if dim == 64 else 768):
+        return None
+    return (128, 8) if view <= 1024 else (256, 8)
 
 
 def attended(q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, plus: bool,
@@ -36,14 +36,15 @@ def attended(q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Ten
 
 def _by_cuda(q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, plus: bool,
              cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slot: Tensor, view: int, mask: Tensor,
-             scale: float, weight: Tensor, bias: Tensor | None, added: Tensor | None, memory: int) -> Tensor | None:
+             scale: float, weight: Tensor, bias: Tensor | None, added: Tensor | None, split: int) -> Tensor | None:
     """None: not for these kernels."""
     from specbeam.runners.matvec import early
 
-    [rows, columns], dim, share = weight.shape, keys.shape[3], shares(view)
+    [rows, columns], dim = weight.shape, keys.shape[3]
+    share = shares(view, dim)
     tile = small.tiling(rows, columns, False, False, 4)
     whole = [one for one in (q, k, v, q_norm, k_norm, cos, sin, weight, bias, added) if one is not None]
-    if not (early(q.device) and share and tile and rows >= tile[0] and dim in (64, 128, 256) and q.numel() == columns
+    if not (early(q.device) and share and tile and rows >= tile[0] and q.numel() == columns
             and keys.stride(3) == values.stride(3) == mask.stride(3) == 1
             and not any(stride % 8 for one in (keys, values) for stride in one.stride()[1:3])
             and all(one.dtype == torch.bfloat16 for one in (*whole, keys, values))
@@ -52,9 +53,9 @@ def _by_cuda(q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Ten
         return None
     [slots, warps], heads = share, columns // dim
     parts = -(-view // slots)
-    attention = cuda.found("attend", q.device, memory, VIEW=view, SLOTS=slots, HEADS=heads, DIM=dim, WARPS=warps,
+    attention = cuda.found("attend", q.device, split, VIEW=view, SLOTS=slots, HEADS=heads, DIM=dim, WARPS=warps,
                            GROUP=heads // keys.shape[1], NORM=int(q_norm is not None), PLUS=int(plus))
-    product = cuda.found("product", q.device, memory, COLUMNS=columns, ROWS=tile[0], WARPS=tile[1], WEIGHTS=1, NORM=0,
+    product = cuda.found("product", q.device, split, COLUMNS=columns, ROWS=tile[0], WARPS=tile[1], WEIGHTS=1, NORM=0,
                          PLUS=0, ACT=0, ADDED=int(added is not None), PARTS=parts, DIM=dim)
     if attention is None or product is None:
         return None
