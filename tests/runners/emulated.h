@@ -16,10 +16,11 @@ typedef unsigned int u32;
 #define __forceinline__ inline
 #define __shared__ static
 #define __grid_constant__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
 
 struct Index { u32 x, y; };
+struct uint2 { u32 x, y; };
 struct uint4 { u32 x, y, z, w; };
 struct float4 { float x, y, z, w; };
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
@@ -102,8 +103,17 @@ inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline int min(int x, int y) { return x < y ? x : y; }
 inline uint4 once(const void *p) { return *(const uint4 *)p; }
 inline uint4 now(const void *p) { return *(const uint4 *)p; }
+inline uint2 now_two(const void *p) { return *(const uint2 *)p; }
 inline u32 now_one(const u16 *p) { return *p; }
 inline float later(u32 bits) { return ::bits<float>(bits << 16); }
+typedef unsigned long long u64;
+#define SHARED_MEMORY(name, count) static u16 name[count]
+inline void expect(u64 *come, u32 bytes) { *come = bytes; }
+inline void fetch(void *to, const void *from, u32 bytes, u64 *come) { std::memcpy(to, from, bytes), *come -= bytes; }
+inline void wait_for(u64 *come) {
+    while (*come) give_way();
+}
+inline void together_now() { together(); }
 inline void let_next_begin() {}
 inline void wait_for_last() {}
 

@@ -13,7 +13,7 @@ from tiny import prompts
 from torch import nn
 
 import specbeam
-from specbeam.runners import choose, fuse
+from specbeam.runners import choose, fuse, traced
 from specbeam.runners import compile as compiling
 from specbeam.runners.graph import warming
 
@@ -61,14 +61,17 @@ def layer(monkeypatch):
 @pytest.mark.parametrize("name", BECOMES)
 def test_a_layer_becomes_few_operations(name, new, layer):
     found = Counter(node.target for node in layer(name, new).nodes)
-    assert (found[OPS.product.default], found[OPS.attend.default], found[OPS.join.default]) == BECOMES[name]
+    both = found[OPS.attended.default]  # attention with the product behind it
+    assert both == (BECOMES[name][1] if new == 1 else 0)
+    assert (found[OPS.product.default] + both, found[OPS.attend.default] + both, found[OPS.join.default]
+            ) == BECOMES[name]
 
 
 @pytest.mark.parametrize("new", [1, 5])
 @pytest.mark.parametrize(("name", "whole"), [("llama", True), ("gemma3-conditional", True), ("stablelm", False)])
 def test_only_where_all_is_ours_may_the_next_begin_at_once(name, whole, new, layer):
     ahead = [node.args[-1] for node in layer(name, new).nodes
-             if node.target in (OPS.product.default, OPS.attend.default)]
+             if node.target in (OPS.product.default, OPS.attend.default, OPS.attended.default)]
     assert ahead and ahead == [whole] * len(ahead)
 
 
@@ -92,9 +95,9 @@ def test_norms_are_known_by_what_they_do():
         def forward(self, x):
             return fuse._norm(x, self.weight, self.eps, False) * 2
 
-    known = fuse.norms([*model("llama").model.layers, *model("gemma3").model.layers, nn.ModuleList([OtherRMSNorm()])])
+    known = traced.norms([*model("llama").model.layers, *model("gemma3").model.layers, nn.ModuleList([OtherRMSNorm()])])
     assert {kind.__name__: same for kind, same in known.items()} == {
-        "LlamaRMSNorm": fuse.Norm, "Gemma3RMSNorm": fuse.PlusNorm}
+        "LlamaRMSNorm": traced.Norm, "Gemma3RMSNorm": traced.PlusNorm}
 
 
 @pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh", "relu"])
@@ -108,7 +111,7 @@ def test_attention_that_is_not_known_goes_where_it_went():
     asked = []
     query, key = torch.rand(1, 4, 1, 8), torch.rand(1, 2, 16, 8)
     mask = torch.ones(1, 1, 1, 16, dtype=torch.bool)
-    attend = fuse.attend(lambda *args, **options: asked.append(options) or (None, None))
+    attend = traced.attend(lambda *args, **options: asked.append(options) or (None, None))
     attend(nn.Identity(), query, key, key, mask)
     assert not asked
     attend(nn.Identity(), query, key, key, mask, softcap=30.0)
@@ -119,8 +122,9 @@ def test_attention_that_is_not_known_goes_where_it_went():
 
 def test_what_follows_the_layers_is_one_product_and_the_class_is_given_back(layer, monkeypatch):
     rows = []
-    forward = fuse.Head.forward
-    monkeypatch.setattr(fuse.Head, "forward", lambda self, x: rows.append(x.numel() // x.shape[-1]) or forward(self, x))
+    forward = traced.Head.forward
+    monkeypatch.setattr(traced.Head, "forward",
+                        lambda self, x: rows.append(x.numel() // x.shape[-1]) or forward(self, x))
     layer("llama")
     assert 1 in rows and type(model("llama").lm_head) is nn.Linear
 

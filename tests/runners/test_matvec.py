@@ -11,7 +11,7 @@ if find_spec("triton") is None:
     pytest.skip("no triton", allow_module_level=True)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-from specbeam.runners import attend_few, attend_one, cuda, few_rows, fuse, matvec  # noqa: E402
+from specbeam.runners import attend_few, attend_one, attended, cuda, few_rows, fuse, matvec  # noqa: E402
 
 if DEVICE == "cpu" and not matvec._product.__class__.__name__.startswith("Interpreted"):
     pytest.skip("triton is not interpreted", allow_module_level=True)
@@ -198,9 +198,10 @@ def test_what_lies_otherwise_in_memory_is_read_right():
 
 
 def cast(given, dtype):
+    """Of what is in it numbers only: no masks, no slots."""
     if isinstance(given, list):
         return [cast(one, dtype) for one in given]
-    return given.to(dtype) if isinstance(given, torch.Tensor) else given
+    return given.to(dtype) if isinstance(given, torch.Tensor) and given.is_floating_point() else given
 
 
 @pytest.fixture
@@ -234,19 +235,38 @@ def test_one_row_in_cuda(columns, sizes, post, normed, plus, act, added, biased,
 
 
 @hopper
-@pytest.mark.parametrize(("here", "heads", "key_heads", "view"), [
-    (200, 14, 2, 256), (255, 32, 4, 256), (0, 2, 2, 300), (299, 14, 7, 300), (377, 4, 1, 384), (511, 32, 4, 512)])
-def test_one_tokens_attention_in_cuda(here, heads, key_heads, view, launched):
-    given, buffers, rest = several([[here]], heads, key_heads, 64, view, False, seed=here)
-    given, buffers = cast([given, buffers], torch.bfloat16)
-    rest[-1] = True  # ahead
-    wide = cast([given, buffers], torch.float64)
-    found, wanted = attend_few.attend(*given, *buffers, *rest).double(), fuse._attend(*wide[0], *wide[1], *rest)
-    assert launched and (found - wanted).norm() < 1e-2 * wanted.norm()
+@pytest.mark.parametrize(("columns", "rows", "gated"), [
+    (896, 4864, True), (4864, 896, False), (896, 1000, True), (1024, 3072, True), (3072, 1024, False)])
+def test_one_row_times_stored_weights_in_cuda(columns, rows, gated, launched):
+    given = [some(1, 1, columns), None, None, some(columns, seed=3) if gated else None, 1e-6, False,
+             [some(rows, columns, seed=4 + n) * columns**-0.5 for n in range(2 if gated else 1)],
+             [some(rows, seed=7 + n) for n in range(2 if gated else 1)], "silu" if gated else "",
+             None if gated else some(1, 1, rows, seed=9), fuse.STORED]
+    given = cast(given, torch.bfloat16)
+    found, wanted = matvec.product(*given).double(), fuse._product(*cast(given, torch.float64))
+    assert launched[0][-1] > 0 and (found - wanted).norm() < 1e-2 * wanted.norm()
+    given[6][0][-1, -8:] += 0.5
+    assert (matvec.product(*given).double() - found).abs().max() > 1e-3
+
+
+@hopper
+@pytest.mark.parametrize(("here", "heads", "key_heads", "view", "dim", "normed"), [
+    (200, 14, 2, 256, 64, False), (255, 32, 4, 256, 64, False), (0, 2, 2, 300, 64, True), (299, 14, 7, 300, 64, False),
+    (377, 4, 1, 384, 64, False), (511, 32, 4, 512, 64, True), (1000, 14, 2, 1024, 64, False),
+    (1500, 16, 2, 1536, 64, False), (511, 16, 8, 512, 128, True), (700, 16, 2, 768, 128, False)])
+def test_one_tokens_attention_and_the_product_behind_it_in_cuda(here, heads, key_heads, view, dim, normed, launched):
+    given, buffers, rest = several([[here]], heads, key_heads, dim, view, normed, seed=here)
+    given, buffers = cast(given, torch.bfloat16), cast(buffers, torch.bfloat16)
+    weight, last = cast([some(328, heads * dim) * (heads * dim) ** -0.5, some(1, 1, 328)], torch.bfloat16)
+    behind = [weight, None, last, True]
+    wide = [cast(one, torch.float64) for one in (given, buffers, behind)]
+    found = attended.attended(*given, *buffers, *rest[:-1], *behind).double()
+    wanted = fuse._attended(*wide[0], *wide[1], *rest[:-1], *wide[2])
+    assert len(launched) == 2 and (found - wanted).norm() < 1e-2 * wanted.norm()
     for mine, its in zip(buffers, wide[1], strict=True):
-        assert (mine - its).abs().max() < 5e-2
+        assert (mine - its).abs().max() < 8e-2
         others = [slot for slot in range(view + 9) if slot != here]
         assert torch.equal(mine[:, :, others], its[:, :, others].to(mine.dtype))
     broken = rest[2].clone()  # one slot more or less shows
     broken[..., (here + 1) % view] ^= True
-    assert (attend_few.attend(*given, *buffers, *rest[:2], broken, *rest[3:]) - found).abs().max() > 1e-3
+    assert (attended.attended(*given, *buffers, *rest[:2], broken, rest[3], *behind) - found).abs().max() > 1e-3

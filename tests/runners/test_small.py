@@ -25,7 +25,7 @@ def multiplied(folder, columns, sizes, normed, plus, act, added, biased, rows, w
     wanted = fuse._product(wide(x), None, None, wide(norm), 1e-6, plus, [wide(one) for one in weights],
                            [wide(one) for one in biases], act, wide(last), True)
     library = emulated(folder, "product", fault, COLUMNS=columns, WARPS=warps, ROWS=rows, WEIGHTS=len(sizes),
-                       NORM=int(normed), PLUS=int(plus), ACT=small.ACTIVATIONS.index(act), ADDED=int(added))
+                       NORM=int(normed), PLUS=int(plus), ACT=small.ACTIVATIONS.index(act), ADDED=int(added), PARTS=0)
     share = rows // 2 if act else rows
     programs = sum(-(-size // share) for size in (sizes[:1] if act else sizes))
     library.run(ctypes.byref(cuda.product(x, norm, last, out, weights, biases, 1e-6)), programs, 32 * warps)
@@ -47,7 +47,7 @@ def test_one_row_times_weights(columns, sizes, normed, plus, act, added, biased,
 @pytest.mark.parametrize("fault", [
     ("first_of(s) + pair >= 4 * s && ", ""), ("d[t][i][0] + d[t][i][3]", "d[t][i][0] + d[t][i][2]"),
     ("pair == j - first_of(s)", "pair == j % 4"), ("    __syncthreads();\n    if", "    if"),
-    ("second = gained(second,", "second = gained(first,"), (" + later(bias))", ")")],
+    ("second = gained(second,", "second = gained(first,"), ("sum * scale + later(bias))", "sum * scale)")],
     ids=["steps twice", "other half", "steps mixed", "no barrier", "gains mixed", "no bias"])
 def test_a_fault_in_a_product_shows(fault, tmp_path):
     found, wanted = multiplied(tmp_path, 896, [56, 24, 16], True, False, "", False, True, 8, 4, fault)
@@ -70,7 +70,7 @@ def test_products_of_known_layers_compile_and_fit(hidden, qkv, heads, inner):
             numbers = 4 * (columns // 32 // shape[1]) * (shape[0] // 8)
             assert numbers + 40 <= 255 and (numbers + 40) * 32 * shape[1] <= 65536
             code("product", COLUMNS=columns, ROWS=shape[0], WARPS=shape[1], WEIGHTS=1 + gated, NORM=int(normed), PLUS=0,
-                 ACT=int(gated), ADDED=int(not normed))
+                 ACT=int(gated), ADDED=int(not normed), PARTS=0)
             found += 1
     assert found >= 1
 

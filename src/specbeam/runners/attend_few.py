@@ -30,7 +30,7 @@ _MOST_STEPS = 8  # of a program: each is code of its own, and 32 compile for 20 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, plus: bool,
            cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slot: Tensor, view: int, mask: Tensor, scale: float,
-           ahead: bool) -> Tensor:
+           ahead: int) -> Tensor:
     """What fuse.py's `attend` says, on a GPU."""
     from specbeam.runners import attend_one
 

@@ -4,7 +4,7 @@
 A token's attention has little to compute, and everything waits for it: what counts is how often threads wait for each
 other. Here keys and values stay in the registers that they were read into, each warp has slots of its own, and the
 warps' softmaxes are joined once, at the end. A group's keys are read once for each of its heads, out of L2.
-Of heads of 64 in bf16 attend.cu does it, in fewer instructions than Triton has a way to ask for.
+Of heads of 64 in bf16 attended.py does it in fewer instructions than Triton has a way to ask for.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specbeam.runners import cuda
 from specbeam.runners.attend_few import _turned
 from specbeam.runners.few_rows import flat
 from specbeam.runners.matvec import _begin, early
@@ -33,7 +32,7 @@ def suits(keys: Tensor, view: int) -> bool:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, plus: bool,
            cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slot: Tensor, view: int, mask: Tensor, scale: float,
-           ahead: bool) -> Tensor:
+           ahead: int) -> Tensor:
     """What fuse.py's `attend` says, for one token on a GPU."""
     dim, every = keys.shape[3], triton.next_power_of_2(view)
     q, k, v = (flat(one, 1) for one in (q, k, v))
@@ -43,9 +42,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Tenso
     warps = max(1, every // (lines * steps))
     output = q.new_empty(1, 1, heads, dim)
     cos, sin, mask = cos.contiguous(), sin.contiguous(), mask if mask.stride(3) == 1 else mask.contiguous()
-    if q_norm is None and ahead and _attend_early(
-            (q, k, v, cos, sin, keys, values, slot, mask, output), heads, view, scale):
-        return output
     pdl = {"launch_pdl": True} if early(q.device) else {}
     _attend_one[(heads,)](
         q, k, v, q if q_norm is None else q_norm, q if k_norm is None else k_norm, cos, sin,
@@ -54,23 +50,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Tenso
         WIDE=wide, STEPS=steps, WARPS=warps, LINES=lines, NORM=q_norm is not None, PLUS=plus, EARLY=ahead,
         PDL=bool(pdl), num_warps=warps, **pdl)
     return output
-
-
-def _attend_early(given: tuple[Tensor, ...], heads: int, view: int, scale: float) -> bool:
-    """Whether attend.cu did it."""
-    q, k, v, cos, sin, keys, values, slot, mask, output = given
-    strides = *keys.stride()[1:3], *values.stride()[1:3]
-    if not (early(q.device) and keys.shape[3] == 64 and keys.stride(3) == values.stride(3) == 1
-            and q.dtype == keys.dtype == torch.bfloat16 and not any(stride % 8 for stride in strides)
-            and not any(one.data_ptr() % 16 for one in (q, k, v, cos, sin, keys, values))):
-        return False
-    warps = 4 if view <= 256 and heads <= 16 else 8  # as measured for 14 and for 32 heads
-    function = cuda.found("attend", q.device, VIEW=view, GROUP=heads // keys.shape[1], WARPS=warps)
-    if function is None:
-        return False
-    cuda.launch(function, q.device, heads, 32 * warps, cuda.attention(
-        q, k, v, cos, sin, keys, values, slot, mask, output, scale))
-    return True
 
 
 @triton.jit

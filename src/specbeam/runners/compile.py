@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from specbeam.engine.runner import Adapter, Runner
-from specbeam.runners import fuse, graph
+from specbeam.runners import cuda, fuse, graph, traced
 from specbeam.runners.graph import Slots
 
 # One row's product is a sum over rows of weights: with this, inductor writes it as such, and tunes how.
@@ -49,7 +49,7 @@ def _early(device: torch.device) -> dict[str, Any]:
 def by_layer(adapter: Adapter, backend: str, options: dict[str, Any] | None, record: graph.Record | None,
              tuned: dict[str, Any] | None = None) -> Runner:
     """The runner that compiles one decoder layer for all. options: of few tokens; tuned: also for one alone."""
-    norms = fuse.norms(_layers(adapter.model))
+    norms = traced.norms(_layers(adapter.model))
     compiled = partial(torch.compile, fullgraph=True, dynamic=False)
     one = compiled(_run, backend=_fusing(backend), options=options if tuned is None else {**(options or {}), **tuned})
     few = compiled(_run_few, backend=_fusing(backend), options=options)
@@ -78,7 +78,7 @@ class Layers:
                  norms: dict[type, type] | None = None):
         """Compiled: for one token of one row, for what fuse.py calls few, and for more. norms: classes that are its
         Norm or PlusNorm."""
-        self.one, self.few, self.more, self.known = one, few, more, {nn.Linear: fuse.Product, **(norms or {})}
+        self.one, self.few, self.more, self.known = one, few, more, {nn.Linear: traced.Product, **(norms or {})}
 
     @contextmanager
     def __call__(self, adapter: Adapter, slots: Slots) -> Iterator[None]:
@@ -95,11 +95,11 @@ class Layers:
                 part.__class__ = self.known[kind]
             if type(head) is nn.Linear:
                 known.append((head, nn.Linear))
-                head.__class__ = fuse.Head
+                head.__class__ = traced.Head
             for part, _ in numbered:
                 part.layer_idx = 0
             for layer, place in zip(layers, slots.layers, strict=True):
-                layer.forward = partial(self._layer, layer, slots, place)
+                layer.forward = partial(self._layer, layer, layer is layers[0], slots, place)
             for part in others:
                 part.forward = partial(self._other, part)
             own = graph.own_attention(adapter, slots) if adapter.device.type == "cuda" else nullcontext()
@@ -118,7 +118,9 @@ class Layers:
     def _other(self, part: nn.Module, *args: Any, **options: Any) -> Any:
         return self._compiled(args, options)(part, list(args), options)
 
-    def _layer(self, layer: nn.Module, slots: Slots, place: Any, *args: Any, **options: Any) -> Any:
+    def _layer(self, layer: nn.Module, first: bool, slots: Slots, place: Any, *args: Any, **options: Any) -> Any:
+        if first:
+            cuda.begin()
         mine = Place(place.keys, place.values, slots.rows, slots.slots, slots.view)
         return self._compiled(args, options)(layer, [mine if one is slots else one for one in args],
                              {name: mine if one is slots else one for name, one in options.items()})
@@ -135,7 +137,7 @@ class Layers:
 @contextmanager
 def _attention() -> Iterator[None]:
     before = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = fuse.attend(before)
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = traced.attend(before)
     try:
         yield
     finally:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import threading
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -17,18 +18,20 @@ from torch import Tensor
 
 _HERE = Path(__file__).parent
 # Percent of an SM's memory that is shared: kernels that ask for other splits cannot run side by side on an SM, and the
-# rest, L1, is what reads ahead go through. 64 of 228 KB; of an H200 with a 0.5B model 32, 100 and 228 cost 8 to 20 %.
-_SHARED = 25
+# rest, L1, is what reads ahead go through. 64 of 228 KB; of an H200 with a 0.5B model 32, 100 and 228 cost 8 to 20 %
+# where no weights wait in it.
+SOME, ALL = 25, 100
 _failed: set[torch.device] = set()  # where Triton's kernels stay
+_forward = threading.local()
 
 
 class Attention(ctypes.Structure):
     """What attend.cu is given."""
 
     _fields_ = (*((name, ctypes.c_void_p) for name in (
-        "q", "k", "v", "cos", "sin", "keys", "values", "slot", "mask", "out")),
+        "q", "k", "v", "q_norm", "k_norm", "cos", "sin", "keys", "values", "slot", "mask", "out")),
         *((name, ctypes.c_longlong) for name in ("key_head", "key_slot", "value_head", "value_slot")),
-        ("scale", ctypes.c_float))
+        ("scale", ctypes.c_float), ("eps", ctypes.c_float))
 
 
 class Product(ctypes.Structure):
@@ -38,11 +41,12 @@ class Product(ctypes.Structure):
                 ("biases", ctypes.c_void_p * 3), ("sizes", ctypes.c_int * 3), ("eps", ctypes.c_float))
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slot: Tensor,
-              mask: Tensor, out: Tensor, scale: float) -> Attention:
+def attention(q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, cos: Tensor, sin: Tensor,
+              keys: Tensor, values: Tensor, slot: Tensor, mask: Tensor, out: Tensor, scale: float, eps: float
+              ) -> Attention:
     """Where these lie; they must stay alive until the kernel has run."""
-    return Attention(*map(_place, (q, k, v, cos, sin, keys, values, slot, mask, out)), *keys.stride()[1:3],
-                     *values.stride()[1:3], scale)
+    return Attention(*map(_place, (q, k, v, q_norm, k_norm, cos, sin, keys, values, slot, mask, out)),
+                     *keys.stride()[1:3], *values.stride()[1:3], scale, eps)
 
 
 def product(x: Tensor, norm: Tensor | None, added: Tensor | None, out: Tensor, weights: Sequence[Tensor],
@@ -57,12 +61,12 @@ def _place(one: Tensor | None) -> int | None:
     return None if one is None else one.data_ptr()
 
 
-def found(name: str, device: torch.device, **given: int) -> Any | None:
+def found(name: str, device: torch.device, shared: int = SOME, memory: int = 0, **given: int) -> Any | None:
     """`kernel`; None without the bindings or with a compiler that does not know the card, which is said once."""
     if device in _failed:
         return None
     try:
-        return kernel(name, device, **given)
+        return kernel(name, device, shared, memory, **given)
     except Exception as failure:
         reason = f"{type(failure).__name__}: {failure}".splitlines()[0]
         logging.getLogger("specbeam").info("one row's kernels stay Triton's (%s)", reason)
@@ -71,8 +75,9 @@ def found(name: str, device: torch.device, **given: int) -> Any | None:
 
 
 @cache
-def kernel(name: str, device: torch.device, **given: int) -> Any:
-    """The function of that name in the file of that name. given: what it is compiled for.
+def kernel(name: str, device: torch.device, shared: int, memory: int, **given: int) -> Any:
+    """The function of that name in the file of that name. shared, memory: of `launch` and of all kernels around it;
+    given: what it is compiled for.
 
     Raises ImportError without the bindings, RuntimeError with what the compiler or the driver says."""
     from cuda.bindings import driver
@@ -81,8 +86,10 @@ def kernel(name: str, device: torch.device, **given: int) -> Any:
     with torch.cuda.device(device):
         module = _checked(driver.cuModuleLoadData(code))
         function = _checked(driver.cuModuleGetFunction(module, name.encode()))
-        _checked(driver.cuFuncSetAttribute(
-            function, driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, _SHARED))
+        attributes = driver.CUfunction_attribute
+        for attribute, value in ((attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, shared),
+                                 (attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, memory)):
+            _checked(driver.cuFuncSetAttribute(function, attribute, value))
         return function
 
 
@@ -92,8 +99,10 @@ def compiled(name: str, major: int, minor: int, **given: int) -> bytes:
 
     options = [b"-arch=sm_%d%d" % (major, minor), b"-std=c++17", b"-default-device",
                *(b"-D%s=%d" % (key.encode(), value) for key, value in given.items())]
-    source = (_HERE / "primitives.cuh").read_bytes() + (_HERE / f"{name}.cu").read_bytes()
-    program = _checked(nvrtc.nvrtcCreateProgram(source, f"{name}.cu".encode(), 0, [], []))
+    headers = sorted(_HERE.glob("*.cuh"))
+    program = _checked(nvrtc.nvrtcCreateProgram(
+        (_HERE / f"{name}.cu").read_bytes(), f"{name}.cu".encode(), len(headers),
+        [one.read_bytes() for one in headers], [one.name.encode() for one in headers]))
     try:
         _checked(nvrtc.nvrtcCompileProgram(program, len(options), options))
     except RuntimeError as failure:
@@ -105,17 +114,26 @@ def compiled(name: str, major: int, minor: int, **given: int) -> bytes:
     return code
 
 
-def launch(function: Any, device: torch.device, programs: int, threads: int, given: ctypes.Structure) -> None:
-    """Its one argument is `given`. It may begin before the kernel before it has ended."""
+def begin() -> None:
+    """Of a forward: its first kernel here waits for all before it, so that all of them may read what those made."""
+    _forward.begins = True
+
+
+def launch(function: Any, device: torch.device, programs: int, threads: int, given: ctypes.Structure, memory: int = 0
+           ) -> None:
+    """Its one argument is `given`. It may begin before the kernel before it has ended, but for a forward's first.
+    memory: bytes that its programs share beside their own variables."""
     from cuda.bindings import driver
 
     config, early = driver.CUlaunchConfig(), driver.CUlaunchAttribute()
     config.gridDimX, config.gridDimY, config.gridDimZ = programs, 1, 1
     config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.sharedMemBytes = memory
     config.hStream = torch.cuda.current_stream(device).cuda_stream
     early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-    early.value.programmaticStreamSerializationAllowed = 1
+    early.value.programmaticStreamSerializationAllowed = 0 if getattr(_forward, "begins", False) else 1
     config.attrs, config.numAttrs = [early], 1
+    _forward.begins = False
     place = (ctypes.c_void_p * 1)(ctypes.addressof(given))
     with torch.cuda.device(device):
         _checked(driver.cuLaunchKernelEx(config, function, ctypes.addressof(place), 0))

@@ -52,7 +52,7 @@ def tiling(size: int, columns: int, gated: bool, halves: int) -> Tiling:
 
 
 def product(x: Tensor, post: Tensor | None, residual: Tensor | None, norm: Tensor | None, eps: float, plus: bool,
-            weights: Sequence[Tensor], biases: Sequence[Tensor | None], act: str, added: Tensor | None, ahead: bool,
+            weights: Sequence[Tensor], biases: Sequence[Tensor | None], act: str, added: Tensor | None, ahead: int,
             tile: Tiling | None = None, late: bool | None = None) -> Tensor:
     """What fuse.py's `product` says, for two to sixteen rows of bf16 or fp16 on a GPU. x: [..., columns]; late: whether
     a norm's scale is applied to the sums."""
@@ -85,7 +85,7 @@ def product(x: Tensor, post: Tensor | None, residual: Tensor | None, norm: Tenso
     return out
 
 
-def join(x: Tensor, weight: Tensor, residual: Tensor, eps: float, plus: bool, ahead: bool) -> Tensor:
+def join(x: Tensor, weight: Tensor, residual: Tensor, eps: float, plus: bool, ahead: int) -> Tensor:
     """What fuse.py's `join` says, for several rows."""
     out, columns = torch.empty_like(residual, memory_format=torch.contiguous_format), len(weight)
     rows = x.numel() // columns
@@ -99,7 +99,7 @@ def flat(x: Tensor, rows: int) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _joined(x: Tensor, weight: Tensor, residual: Tensor | None, out: Tensor, eps: float, plus: bool, ahead: bool
+def _joined(x: Tensor, weight: Tensor, residual: Tensor | None, out: Tensor, eps: float, plus: bool, ahead: int
             ) -> Tensor:
     """norm(x), added to the residual if there is one. out: [rows, columns], and what it becomes."""
     columns, pdl, more = len(weight), early(x.device), x if residual is None else residual

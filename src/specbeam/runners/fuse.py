@@ -13,8 +13,10 @@ product: concatenated (or, with `act`, act(first) · second) weights · norm(x);
 attend: of heads q, k, v [rows, new, heads · dim], normed and turned, over the slots with the new ones, which are
     written. Slots: different within a row, below view; a token sees its own.
 attention: the same of what is turned and written already, [rows, heads, new, dim].
+attended: attend, then product with one weight.
 join: residual + norm(x).
-ahead: what comes next waits before it reads any result, so that it may begin before this one's turn has come.
+ahead: what comes next waits before it reads any result, so that it may begin before this one's turn has come. STORED:
+    and the weights of the layer's gate and of what comes behind it wait in shared memory (small.py).
 """
 
 from __future__ import annotations
@@ -25,23 +27,27 @@ from typing import Any
 
 import torch
 import torch._inductor.test_operators  # realize
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.nn import functional
 
 library = torch.library.Library("specbeam", "DEF")
 library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 library.define("norm(Tensor x, Tensor weight, float eps, bool plus) -> Tensor")
 library.define("product(Tensor x, Tensor? post, Tensor? residual, Tensor? norm, float eps, bool plus, "
-               "Tensor[] weights, Tensor?[] biases, str act, Tensor? added, bool ahead) -> Tensor")
+               "Tensor[] weights, Tensor?[] biases, str act, Tensor? added, int ahead) -> Tensor")
 library.define("attend(Tensor q, Tensor k, Tensor v, Tensor? q_norm, Tensor? k_norm, float eps, bool plus, Tensor cos, "
                "Tensor sin, Tensor(a!) keys, Tensor(b!) values, Tensor slot, int view, Tensor mask, float scale, "
-               "bool ahead) -> Tensor")
-library.define("join(Tensor x, Tensor weight, Tensor residual, float eps, bool plus, bool ahead) -> Tensor")
+               "int ahead) -> Tensor")
+library.define("attended(Tensor q, Tensor k, Tensor v, Tensor? q_norm, Tensor? k_norm, float eps, bool plus, "
+               "Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, Tensor slot, int view, Tensor mask, "
+               "float scale, Tensor weight, Tensor? bias, Tensor? added, int ahead) -> Tensor")
+library.define("join(Tensor x, Tensor weight, Tensor residual, float eps, bool plus, int ahead) -> Tensor")
 library.define("attention(Tensor query, Tensor key, Tensor value, Tensor mask, float scale) -> Tensor")
 ops = torch.ops.specbeam
 
 Node = Any  # an fx.Node: what its arguments are is known here, not to mypy
 MOST_WEIGHTS, MOST_TOKENS = 3, 16
+STORED = 2  # of ahead
 _ACTIVATIONS: dict[Any, str] = {functional.silu: "silu", functional.relu: "relu", torch._C._nn.gelu: "gelu"}
 _DTYPES = {torch.bfloat16, torch.float16, torch.float32}
 _VIEWS = {"view", "reshape", "transpose", "contiguous", "unsqueeze"}
@@ -63,7 +69,7 @@ def _norm(x: Tensor, weight: Tensor, eps: float, plus: bool) -> Tensor:
 
 
 def _product(x: Tensor, post: Tensor | None, residual: Tensor | None, norm: Tensor | None, eps: float, plus: bool,
-             weights: list[Tensor], biases: list[Tensor | None], act: str, added: Tensor | None, ahead: bool
+             weights: list[Tensor], biases: list[Tensor | None], act: str, added: Tensor | None, ahead: int
              ) -> Tensor:
     if post is not None and residual is not None:
         x = residual + _norm(x, post, eps, plus)
@@ -84,7 +90,7 @@ def activate(name: str, x: Tensor) -> Tensor:
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, plus: bool,
             cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slot: Tensor, view: int, mask: Tensor, scale: float,
-            ahead: bool) -> Tensor:
+            ahead: int) -> Tensor:
     [rows, new], dim = slot.shape, keys.shape[3]
     q, k, v = (one.reshape(rows, new, -1, dim).transpose(1, 2) for one in (q, k, v))
     q, k = q if q_norm is None else _norm(q, q_norm, eps, plus), k if k_norm is None else _norm(k, k_norm, eps, plus)
@@ -96,19 +102,28 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Tens
     return _attention(q, keys[:, :, :view], values[:, :, :view], mask, scale)
 
 
+def _attended(q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, plus: bool,
+              cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slot: Tensor, view: int, mask: Tensor,
+              scale: float, weight: Tensor, bias: Tensor | None, added: Tensor | None, ahead: int) -> Tensor:
+    x = _attend(q, k, v, q_norm, k_norm, eps, plus, cos, sin, keys, values, slot, view, mask, scale, ahead)
+    return _product(x.flatten(2), None, None, None, 0.0, False, [weight], [bias], "", added, ahead)
+
+
 def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
     return functional.scaled_dot_product_attention(
         query, key, value, mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1]).transpose(1, 2).contiguous()
 
 
-def _join(x: Tensor, weight: Tensor, residual: Tensor, eps: float, plus: bool, ahead: bool) -> Tensor:
+def _join(x: Tensor, weight: Tensor, residual: Tensor, eps: float, plus: bool, ahead: int) -> Tensor:
     return residual + _norm(x, weight, eps, plus)
 
 
 def _on_gpu(name: str, reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def call(x: Tensor, *args: Any) -> Tensor:
-        from specbeam.runners import attend_few, few_rows, matvec
+        from specbeam.runners import attend_few, attended, few_rows, matvec
 
+        if name == "attended":
+            return attended.attended(x, *args)
         if name in ("attend", "attention"):
             return getattr(attend_few, name)(x, *args)
         if _tokens(x) == 1:
@@ -129,7 +144,8 @@ def few(x: Tensor) -> bool:
 
 library.impl("linear", _linear, "CompositeImplicitAutograd")
 library.impl("norm", _norm, "CompositeImplicitAutograd")
-for _name, _reference in (("product", _product), ("attend", _attend), ("attention", _attention), ("join", _join)):
+for _name, _reference in (("product", _product), ("attend", _attend), ("attention", _attention), ("join", _join),
+                          ("attended", _attended)):
     library.impl(_name, _reference, "CPU")
     library.impl(_name, _on_gpu(_name, _reference), "CUDA")
 
@@ -145,6 +161,11 @@ def _(q, k, v, q_norm, k_norm, eps, plus, cos, sin, keys, values, slot, view, ma
     return q.new_empty(*slot.shape, q.numel() // slot.numel() // keys.shape[3], keys.shape[3])
 
 
+@torch.library.register_fake("specbeam::attended")
+def _(q, k, v, q_norm, k_norm, eps, plus, cos, sin, keys, values, slot, view, mask, scale, weight, bias, added, ahead):
+    return q.new_empty(*slot.shape, len(weight))
+
+
 @torch.library.register_fake("specbeam::attention")
 def _(query, key, value, mask, scale):
     return query.new_empty(query.shape[0], query.shape[2], query.shape[1], query.shape[3])
@@ -153,76 +174,6 @@ def _(query, key, value, mask, scale):
 @torch.library.register_fake("specbeam::join")
 def _(x, weight, residual, eps, plus, ahead):
     return torch.empty_like(residual, memory_format=torch.contiguous_format)
-
-
-class Product(nn.Linear):
-    """nn.Linear, to be found again."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        if input.numel() != self.in_features and (input.dim() != 3 or not few(input)):  # a library's product
-            return super().forward(input)
-        return ops.linear.default(input, self.weight, self.bias)
-
-
-class Head(Product):
-    """The output layer, outside of any trace."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        if (input.dim() != 3 or not few(input) or self.in_features % 8 or self.out_features % 8
-                or input.dtype != self.weight.dtype or input.dtype not in _DTYPES):
-            return nn.Linear.forward(self, input)
-        return ops.product.default(input, None, None, None, 0.0, False, [self.weight], [self.bias], "", None, False)
-
-
-class Norm(nn.Module):
-    """An RMSNorm, to be found again."""
-
-    plus = False
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return ops.norm.default(hidden_states, self.weight, eps_of(self), self.plus)
-
-
-class PlusNorm(Norm):
-    plus = True
-
-
-def eps_of(norm: Any) -> float:
-    return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
-
-
-@torch.no_grad()
-def norms(layers: list[Any]) -> dict[type, type]:
-    """Which classes of these layers are an RMSNorm, by what they do."""
-    found: dict[type, type] = {}
-    parts = [part for layer in layers for part in layer.modules() if "RMSNorm" in type(part).__name__]
-    for part in parts:
-        kind, weight = type(part), dict(part.named_parameters()).get("weight")
-        if found.get(kind, Norm) is nn.Module:
-            continue
-        same: type = nn.Module
-        if (weight is not None and weight.dim() == 1 and len([*part.parameters()]) == 1
-                and isinstance(getattr(part, "variance_epsilon", getattr(part, "eps", None)), float)):
-            x = torch.linspace(-3, 2, len(weight), device=weight.device).to(weight.dtype)[None]
-            for known in (Norm, PlusNorm):
-                if torch.allclose(part(x).float(), _norm(x, weight, eps_of(part), known.plus).float(), 1e-2, 1e-3):
-                    same = known
-        found[kind] = same if found.get(kind, same) is same else nn.Module
-    return {kind: known for kind, known in found.items() if known is not nn.Module}
-
-
-def attend(before: Callable[..., Any]) -> Callable[..., Any]:
-    """transformers' attention interface: of few tokens, to be found again; else what was there before."""
-    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-               dropout: float = 0.0, scaling: float | None = None, **options: Any) -> Any:
-        unknown = any(options.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))
-        if (query.shape[0] * query.shape[2] > MOST_TOKENS or attention_mask is None
-                or attention_mask.dtype != torch.bool or attention_mask.shape[1] != 1 or unknown or dropout
-                or value.shape != key.shape):
-            return before(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options)
-        scale = query.shape[3] ** -0.5 if scaling is None else float(scaling)
-        return ops.attention.default(query, key, value, attention_mask, scale), None
-    return attend
 
 
 def fuse(graph: fx.Graph) -> None:
@@ -241,11 +192,23 @@ def fuse(graph: fx.Graph) -> None:
     for node in [one for one in _nodes(graph) if _is(one, operator.add)]:
         _fuse_join(graph, node)
     _erase_dead(graph)
+    for node in [one for one in _nodes(graph) if one.target is ops.product.default]:
+        _fuse_attended(graph, node)
+    _erase_dead(graph)
     if all(_is_ours(node) for node in graph.nodes):
+        ahead = STORED if _stores(graph) else 1
         for node in _nodes(graph):
             if _is_ours(node, views=False):
-                node.args = (*node.args[:-1], True)
+                node.args = (*node.args[:-1], ahead)
     graph.lint()
+
+
+def _stores(graph: fx.Graph) -> bool:
+    """Whether the weights of this layer's gate and of what comes behind it can wait in a GPU's shared memory."""
+    from specbeam.runners.small import stores
+
+    gates = [node for node in _nodes(graph) if node.target is ops.product.default and node.args[8]]
+    return len(gates) == 1 and stores(_value(gates[0].args[6][0]))
 
 
 def _nodes(graph: fx.Graph) -> list[Node]:
@@ -253,7 +216,7 @@ def _nodes(graph: fx.Graph) -> list[Node]:
 
 
 def _is_ours(node: Node, views: bool = True) -> bool:
-    if node.target in (ops.product.default, ops.attend.default, ops.join.default):
+    if node.target in (ops.product.default, ops.attend.default, ops.attended.default, ops.join.default):
         return True
     return views and (node.op in ("placeholder", "output") or _is(node, operator.getitem)
                       or (_is_view(node) and not _copies(node)))
@@ -290,8 +253,8 @@ def _only(node: Node, *users: Node) -> bool:
 def _erase_dead(graph: fx.Graph) -> None:
     """What only reads and is not read itself."""
     for node in reversed(_nodes(graph)):
-        pure = ((_is_ours(node) and node.target is not ops.attend.default) or _is_view(node) or _is(node, operator.add)
-                or _is(node, operator.mul)
+        writes = node.target in (ops.attend.default, ops.attended.default)
+        pure = ((_is_ours(node) and not writes) or _is_view(node) or _is(node, operator.add) or _is(node, operator.mul)
                 or node.target in (torch.cat, operator.neg, ops.norm.default, ops.linear.default, *_ACTIVATIONS))
         if not node.users and pure and node.op not in ("placeholder", "output"):
             graph.erase_node(node)
@@ -334,7 +297,7 @@ def _fuse_products(graph: fx.Graph, group: list[Node]) -> None:
     if before[1] is not None and added is not None:
         return
     with graph.inserting_before(at if before[1] is None else hidden):
-        made = graph.call_function(ops.product.default, (*before, weights, biases, act, added, False))
+        made = graph.call_function(ops.product.default, (*before, weights, biases, act, added, 0))
     sizes = [shapes[0][0]] if act else [shape[0] for shape in shapes]
     start = 0
     with graph.inserting_after(made):
@@ -383,9 +346,30 @@ def _fuse_join(graph: fx.Graph, node: Node) -> None:
         return
     x, weight, eps, plus = normed.args
     with graph.inserting_before(node):
-        made = graph.call_function(ops.join.default, (x, weight, residual, eps, plus, False))
+        made = graph.call_function(ops.join.default, (x, weight, residual, eps, plus, 0))
     made.meta["example_value"] = _value(node)
     node.replace_all_uses_with(made)
+
+
+def _fuse_attended(graph: fx.Graph, node: Node) -> None:
+    """Of one token: there it saves a kernel."""
+    x, post, _, norm, _, _, weights, biases, act, added, _ = node.args
+    made = _bare(x)
+    if (made.target is not ops.attend.default or post is not None or norm is not None or act or len(weights) > 1
+            or _value(made.args[11]).numel() > 1):
+        return
+    chain = [x]
+    while chain[-1] is not made:
+        chain.append(chain[-1].args[0])
+    if any(len(one.users) > 1 for one in chain):
+        return
+    with graph.inserting_before(node):
+        both = graph.call_function(ops.attended.default, (*made.args[:-1], *weights, *biases, added, 0))
+    both.meta["example_value"] = _value(node)
+    node.replace_all_uses_with(both)
+    graph.erase_node(node)
+    for gone in chain:
+        graph.erase_node(gone)
 
 
 def _fuse_attention(graph: fx.Graph, node: Node) -> None:
@@ -424,7 +408,7 @@ def _fuse_attention(graph: fx.Graph, node: Node) -> None:
     eps, plus = q[4:6]
     with graph.inserting_before(node):
         made = graph.call_function(ops.attend.default, (
-            q[0], k[0], v, q[3], k[3], eps, plus, cos, sin, keys, values, slot, view, mask, scale, False))
+            q[0], k[0], v, q[3], k[3], eps, plus, cos, sin, keys, values, slot, view, mask, scale, 0))
     made.meta["example_value"] = _value(node)
     node.replace_all_uses_with(made)
     for gone in (node, key, value, new_k, new_v):

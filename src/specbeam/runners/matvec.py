@@ -63,7 +63,7 @@ def early(device: torch.device) -> bool:
 
 
 def product(x: Tensor, post: Tensor | None, residual: Tensor | None, norm: Tensor | None, eps: float, plus: bool,
-            weights: Sequence[Tensor], biases: Sequence[Tensor | None], act: str, added: Tensor | None, ahead: bool,
+            weights: Sequence[Tensor], biases: Sequence[Tensor | None], act: str, added: Tensor | None, ahead: int,
             tile: Tiling | None = None) -> Tensor:
     """What fuse.py's `product` says, for one row on a GPU."""
     columns, gated = weights[0].shape[1], bool(act)
@@ -74,7 +74,7 @@ def product(x: Tensor, post: Tensor | None, residual: Tensor | None, norm: Tenso
     if post is not None and residual is not None:  # a kernel of its own: in each of many programs it takes longer
         x = join(x, post, residual, eps, plus, ahead, out[..., total:])
     if ahead and tile is None and early(x.device) and small.product(
-            x, norm, eps, plus, weights, biases, act, added, out):
+            x, norm, eps, plus, weights, biases, act, added, ahead, out):
         return out
     tile = tile or tiling(total, columns, gated)
     programs = [triton.cdiv(size, tile.rows) for size in (sizes[:1] if gated else sizes)]
@@ -93,7 +93,7 @@ def product(x: Tensor, post: Tensor | None, residual: Tensor | None, norm: Tenso
     return out
 
 
-def join(x: Tensor, weight: Tensor, residual: Tensor, eps: float, plus: bool, ahead: bool, out: Tensor | None = None
+def join(x: Tensor, weight: Tensor, residual: Tensor, eps: float, plus: bool, ahead: int, out: Tensor | None = None
          ) -> Tensor:
     """What fuse.py's `join` says, on a GPU."""
     out, columns, pdl = torch.empty_like(x) if out is None else out, len(weight), early(x.device)

@@ -10,35 +10,16 @@
 // row's numbers of those halves in one of four pairs of columns, and 0 in the others: of four steps each has a pair of
 // its own, so that a lane needs the row's numbers of one step in four. A row's sum is then over four lanes.
 //
+// Behind attention the row is in PARTS parts (attend.cu), of which each warp makes its part of the row.
+//
 // Given: COLUMNS, WARPS, ROWS (of a program, a multiple of 8; half of them a gate's, half its up's), WEIGHTS, NORM,
-// PLUS (Gemma's norm: 1 more), ACT (0: no gate), ADDED; and primitives.cuh.
+// ADDED, PARTS (or 0), DIM (of a head, with parts); and what row.cuh is.
+
+#include "row.cuh"
 
 constexpr int STEPS = COLUMNS / 32 / WARPS, TILES = ROWS / 8, SETS = (STEPS + 3) / 4;  // 32 columns a step
 constexpr int APART = TILES >= 4 ? 1 : 4 / TILES;  // sums: what a tensor core adds to it has to wait for
 static_assert(COLUMNS % (32 * WARPS) == 0 && ROWS % 8 == 0, "tiles have no rest");
-
-struct Args {
-    const u16 *x, *norm, *added;
-    u16 *out;
-    const u16 *weights[3], *biases[3];  // biases: or null
-    int sizes[3];
-    float eps;
-};
-
-__device__ __forceinline__ float activate(float x) {
-    if (ACT == 1) return __fdividef(x, 1.0f + power(-1.44269504f * x));
-    if (ACT == 2) return 0.5f * x * (1.0f + erff(x * 0.7071067811865476f));
-    if (ACT == 3) {
-        const float inner = 0.7978845608028654f * (x + 0.044715f * x * x * x);
-        return x * (1.0f - __fdividef(1.0f, power(2.88539008f * inner) + 1.0f));
-    }
-    return fmaxf(x, 0.0f);
-}
-
-__device__ __forceinline__ u32 gained(u32 x, u32 gain) {
-    if (!PLUS) return times(x, gain);
-    return narrow(low(x) * (1.0f + low(gain))) | (u32)narrow(high(x) * (1.0f + high(gain))) << 16;
-}
 
 __device__ __forceinline__ float sum4(const float *x) {
     const float4 four = *(const float4 *)x;
@@ -73,7 +54,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) product(const __grid_co
     // Four steps at a time, the last four of all (some then come once more) at the end.
     const u32 pair = line / 2, odd = line % 2, begin = column + 32 * (STEPS < 4 ? min(pair, STEPS - 1) : pair);
     const auto first_of = [](int set) { return STEPS < 4 ? 0 : min(4 * set, STEPS - 4); };
-    uint4 gain[NORM ? SETS : 1], x[SETS];
+    uint4 gain[NORM ? SETS : 1];
 #pragma unroll
     for (int s = 0; s < SETS && NORM; s++) gain[s] = now(a.norm + begin + 32 * first_of(s));
     const u16 *biases = which == 2 ? a.biases[2] : which ? a.biases[1] : a.biases[0];
@@ -83,22 +64,61 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) product(const __grid_co
         if (ACT && a.biases[1]) bias2 = now_one(a.biases[1] + row + thread);
     }
     wait_for_last();
+    u32 any = 0;
+#if PARTS
+    uint2 said[SETS][PARTS], numbers[SETS][PARTS][2];  // the largest score and the sum; a lane's two words of numbers
 #pragma unroll
-    for (int s = 0; s < SETS; s++) x[s] = now(a.x + begin + 32 * first_of(s));
+    for (int s = 0; s < SETS; s++) {
+        const int at = begin + 32 * first_of(s);
+#pragma unroll
+        for (int p = 0; p < PARTS; p++) {
+            const float *its = (const float *)a.x + p * COLUMNS + at + 2 * odd;
+            said[s][p] = now_two((const float *)a.x + PARTS * COLUMNS + (p * COLUMNS + at) / DIM * 2);
+            numbers[s][p][0] = now_two(its), numbers[s][p][1] = now_two(its + 4);
+            any |= numbers[s][p][0].x | numbers[s][p][1].x;
+        }
+    }
+    u32 &needs_all = said[0][0].x;
+#else
+    uint4 x[SETS];
+#pragma unroll
+    for (int s = 0; s < SETS; s++) {
+        x[s] = now((const u16 *)a.x + begin + 32 * first_of(s));
+        if (s) any |= x[s].x;
+    }
+    u32 &needs_all = x[0].x;
+    x[0].y |= any & blockIdx.y;
+#endif
     if (ADDED && thread < SHARE) plus = now_one(a.added + row + thread);
-    u32 any = plus;  // they are asked for together, not each when it is needed, as the first needs all (0 of them)
-#pragma unroll
-    for (int s = 1; s < SETS; s++) any |= x[s].x;
-    x[0].x |= any & blockIdx.y, x[0].y |= any & blockIdx.y;
+    // They are asked for together, not each when it is needed, as the first needs all (0 of them).
+    needs_all |= (any | plus) & blockIdx.y;
     float d[TILES][APART][4] = {}, square[4] = {};
 #pragma unroll
     for (int s = 0; s < SETS; s++) {
+#if PARTS
+        float high = -1e30f, sum = 0, four[4] = {};
+#pragma unroll
+        for (int p = 0; p < PARTS; p++) high = fmaxf(high, __uint_as_float(said[s][p].x));
+#pragma unroll
+        for (int p = 0; p < PARTS; p++) {
+            const float weight = power(__uint_as_float(said[s][p].x) - high);
+            sum += weight * __uint_as_float(said[s][p].y);
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                four[2 * i] += weight * __uint_as_float(numbers[s][p][i].x);
+                four[2 * i + 1] += weight * __uint_as_float(numbers[s][p][i].y);
+            }
+        }
+        const float whole = __fdividef(1.0f, sum);
+        const u32 first = pair_of(four[0] * whole, four[1] * whole), second = pair_of(four[2] * whole, four[3] * whole);
+#else
         u32 first = odd ? x[s].y : x[s].x, second = odd ? x[s].w : x[s].z;
         if (NORM) {  // its scale is applied to the sums
             const bool there = first_of(s) + pair >= 4 * s && first_of(s) + pair < STEPS;
             multiply(square, x[s].x, x[s].y, x[s].z, x[s].w, there ? first : 0, there ? second : 0);
             first = gained(first, odd ? gain[s].y : gain[s].x), second = gained(second, odd ? gain[s].w : gain[s].z);
         }
+#endif
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const int j = 4 * s + i;
@@ -128,8 +148,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) product(const __grid_co
             if (ACT) sum2 += sum4(sums[i][SHARE + thread]);
         }
         const float scale = NORM ? rsqrtf(all * (1.0f / COLUMNS) + a.eps) : 1.0f;
-        float result = rounded(sum * scale + later(bias));
-        if (ACT) result = rounded(activate(result)) * rounded(sum2 * scale + later(bias2));
-        a.out[base + row + thread] = narrow(result + later(plus));
+        a.out[base + row + thread] = finished(sum, sum2, scale, bias, bias2, plus);
     }
 }
