@@ -58,12 +58,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Tenso
         keys.stride(0), keys.stride(1), keys.stride(2), values.stride(0), values.stride(1), values.stride(2),
         mask.stride(0), mask.stride(2), eps, ALL=rows * new * heads, NEW=new, PARTS=parts, SCALE=scale, SLOTS=view,
         SHARE=share, KEY_HEADS=key_heads, GROUP=group, DIM=dim, WIDE=wide, ROWS=lines, BLOCK=block,
-        NORM=q_norm is not None, PLUS=plus, EARLY=ahead, PDL=bool(pdl),
+        NORM=q_norm is not None, PLUS=plus, EARLY=bool(ahead), PDL=bool(pdl),
         num_warps=_warps(block * wide), num_stages=2, **pdl)
     if parts > 1:
         _join_parts[(rows * new * heads,)](
             found, output, PARTS=parts, MOST=triton.next_power_of_2(parts), HEADS=rows * new * heads, DIM=dim,
-            WIDE=wide, EARLY=ahead, PDL=bool(pdl),
+            WIDE=wide, EARLY=bool(ahead), PDL=bool(pdl),
             num_warps=min(8, max(1, triton.next_power_of_2(parts) * wide // 2048)), **pdl)
     return output
 

@@ -47,7 +47,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Tenso
         q, k, v, q if q_norm is None else q_norm, q if k_norm is None else k_norm, cos, sin,
         keys, values, slot, mask, output, keys.stride(1), keys.stride(2),
         values.stride(1), values.stride(2), eps, SCALE=scale, SLOTS=view, GROUP=heads // keys.shape[1], DIM=dim,
-        WIDE=wide, STEPS=steps, WARPS=warps, LINES=lines, NORM=q_norm is not None, PLUS=plus, EARLY=ahead,
+        WIDE=wide, STEPS=steps, WARPS=warps, LINES=lines, NORM=q_norm is not None, PLUS=plus, EARLY=bool(ahead),
         PDL=bool(pdl), num_warps=warps, **pdl)
     return output
 

@@ -81,7 +81,7 @@ def product(x: Tensor, post: Tensor | None, residual: Tensor | None, norm: Tenso
         OUT_ROW=out.shape[-1], COLUMNS=columns, GROUPS=groups, AHEAD=tile.ahead, NEAR=tile.near, WARPS=tile.warps,
         HALVES=halves, WEIGHTS=len(weights), NORM=norm is not None, PLUS=plus,
         BIASES=sum(2**n for n, one in enumerate(biases) if one is not None), ACT=ACTIVATIONS.index(act),
-        ADDED=added is not None, EARLY=ahead, PDL=bool(options), num_warps=tile.warps, **options)
+        ADDED=added is not None, EARLY=bool(ahead), PDL=bool(options), num_warps=tile.warps, **options)
     return out
 
 
@@ -104,7 +104,7 @@ def _joined(x: Tensor, weight: Tensor, residual: Tensor | None, out: Tensor, eps
     """norm(x), added to the residual if there is one. out: [rows, columns], and what it becomes."""
     columns, pdl, more = len(weight), early(x.device), x if residual is None else residual
     _join[(len(x),)](x, weight, more, out, x.stride(0), more.stride(0), out.stride(0), eps, COLUMNS=columns,
-                     BLOCK=triton.next_power_of_2(columns), ADDED=residual is not None, PLUS=plus, EARLY=ahead,
+                     BLOCK=triton.next_power_of_2(columns), ADDED=residual is not None, PLUS=plus, EARLY=bool(ahead),
                      PDL=pdl, num_warps=8, **({"launch_pdl": True} if pdl else {}))
     return out
 

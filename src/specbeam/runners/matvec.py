@@ -88,7 +88,7 @@ def product(x: Tensor, post: Tensor | None, residual: Tensor | None, norm: Tenso
         COLUMNS=columns, ROWS=tile.rows, LINES=min(tile.rows, max(1, 256 * tile.warps // tile.block)),
         BLOCK=tile.block, AHEAD=tile.ahead, WEIGHTS=len(weights), NORM=norm is not None, PLUS=plus,
         BIASES=sum(2**n for n, one in enumerate(biases) if one is not None), ACT=ACTIVATIONS.index(act),
-        ADDED=added is not None, SPREAD=tile.spread // sum(programs) if ahead and options else 0, EARLY=ahead,
+        ADDED=added is not None, SPREAD=tile.spread // sum(programs) if ahead and options else 0, EARLY=bool(ahead),
         PDL=bool(options), num_warps=tile.warps, **options)
     return out
 
@@ -98,7 +98,7 @@ def join(x: Tensor, weight: Tensor, residual: Tensor, eps: float, plus: bool, ah
     """What fuse.py's `join` says, on a GPU."""
     out, columns, pdl = torch.empty_like(x) if out is None else out, len(weight), early(x.device)
     _join[(1,)](x, weight, residual, out, eps, COLUMNS=columns, BLOCK=triton.next_power_of_2(columns), PLUS=plus,
-                EARLY=ahead, PDL=pdl, num_warps=8, **({"launch_pdl": True} if pdl else {}))
+                EARLY=bool(ahead), PDL=pdl, num_warps=8, **({"launch_pdl": True} if pdl else {}))
     return out
 
 
