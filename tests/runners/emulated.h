@@ -24,6 +24,7 @@ struct uint2 { u32 x, y; };
 struct uint4 { u32 x, y, z, w; };
 struct float4 { float x, y, z, w; };
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 struct Meeting { u32 met = 0, turn = 0; };
@@ -53,6 +54,7 @@ inline void meet(Meeting &meeting, u32 count) {
 inline void __syncthreads() { meet(everybody, threads.size()); }
 inline Warp &mine() { return warps[threadIdx.x / 32]; }
 inline void together() { meet(mine().meeting, 32); }
+inline void __syncwarp() { together(); }
 
 inline void begin() {
     const u32 number = threadIdx.x;
@@ -113,7 +115,6 @@ inline void fetch(void *to, const void *from, u32 bytes, u64 *come) { std::memcp
 inline void wait_for(u64 *come) {
     while (*come) give_way();
 }
-inline void together_now() { together(); }
 inline void let_next_begin() {}
 inline void wait_for_last() {}
 

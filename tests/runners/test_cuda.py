@@ -118,7 +118,7 @@ def test_a_fault_in_it_shows(fault, tmp_path):
 
 
 @pytest.mark.parametrize("fault", [
-    ("sum += weight * __uint_as_float(said[s][p].y);", "sum += weight;"), ("at + 2 * odd;", "at;"),
+    ("sum += weight * __uint_as_float(said[s][p].y);", "sum += weight;"), ("at + 2 * (line % 2);", "at;"),
     ("(p * COLUMNS + at) / DIM * 2", "p * COLUMNS / DIM * 2")],
     ids=["no sums", "one half twice", "first head's"])
 def test_a_fault_in_what_puts_it_together_shows(fault, tmp_path):

@@ -264,7 +264,7 @@ def test_one_tokens_attention_and_the_product_behind_it_in_cuda(here, heads, key
     wanted = fuse._attended(*wide[0], *wide[1], *rest[:-1], *wide[2])
     assert len(launched) == 2 and (found - wanted).norm() < 1e-2 * wanted.norm()
     for mine, its in zip(buffers, wide[1], strict=True):
-        assert (mine - its).abs().max() < 8e-2
+        assert (mine - its).abs().max() < (8e-2 if normed else 5e-2)  # norms make larger numbers
         others = [slot for slot in range(view + 9) if slot != here]
         assert torch.equal(mine[:, :, others], its[:, :, others].to(mine.dtype))
     broken = rest[2].clone()  # one slot more or less shows

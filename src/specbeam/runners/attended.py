@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from specbeam.runners import cuda, small
-from specbeam.runners.fuse import STORED, ops
+from specbeam.runners.fuse import ops
 
 
 def shares(view: int, dim: int) -> tuple[int, int] | None:
@@ -27,7 +27,7 @@ def attended(q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Ten
     if ahead and slot.numel() == 1:
         out = _by_cuda(
             q, k, v, q_norm, k_norm, eps, plus, cos, sin, keys, values, slot, view, mask, scale, weight, bias, added,
-            cuda.ALL if ahead == STORED else cuda.SOME)
+            small.split(ahead))
         if out is not None:
             return out
     x = ops.attend.default(q, k, v, q_norm, k_norm, eps, plus, cos, sin, keys, values, slot, view, mask, scale, ahead)

@@ -76,8 +76,8 @@ def found(name: str, device: torch.device, shared: int = SOME, memory: int = 0, 
 
 @cache
 def kernel(name: str, device: torch.device, shared: int, memory: int, **given: int) -> Any:
-    """The function of that name in the file of that name. shared, memory: of `launch` and of all kernels around it;
-    given: what it is compiled for.
+    """The function of that name in the file of that name. shared: SOME or ALL, as the kernels around it; memory: what
+    `launch` will be given; given: what it is compiled for.
 
     Raises ImportError without the bindings, RuntimeError with what the compiler or the driver says."""
     from cuda.bindings import driver

@@ -90,7 +90,6 @@ __device__ __forceinline__ void wait_for(u64 *come) {
         asm volatile("{.reg .pred p;\n\tmbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0;\n\tselp.u32 %0, 1, 0, p;}"
             : "=r"(there) : "r"(place(come)) : "memory");
 }
-__device__ __forceinline__ void together_now() { __syncwarp(); }
 
 // Programmatic dependent launch: the next kernel may begin; and what the kernels before did may be read.
 __device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;"); }

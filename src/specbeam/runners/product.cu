@@ -15,9 +15,10 @@
 // Given: COLUMNS, WARPS, ROWS (of a program, a multiple of 8; half of them a gate's, half its up's), WEIGHTS, NORM,
 // ADDED, PARTS (or 0), DIM (of a head, with parts); and what row.cuh is.
 
+constexpr int STEPS = COLUMNS / 32 / WARPS, TILES = ROWS / 8, SETS = (STEPS + 3) / 4;
+
 #include "row.cuh"
 
-constexpr int STEPS = COLUMNS / 32 / WARPS, TILES = ROWS / 8, SETS = (STEPS + 3) / 4;  // 32 columns a step
 constexpr int APART = TILES >= 4 ? 1 : 4 / TILES;  // sums: what a tensor core adds to it has to wait for
 static_assert(COLUMNS % (32 * WARPS) == 0 && ROWS % 8 == 0, "tiles have no rest");
 
@@ -51,9 +52,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) product(const __grid_co
 #pragma unroll
         for (int j = 0; j < STEPS; j++) w[t][j] = once(from + 32 * j);
     }
-    // Four steps at a time, the last four of all (some then come once more) at the end.
-    const u32 pair = line / 2, odd = line % 2, begin = column + 32 * (STEPS < 4 ? min(pair, STEPS - 1) : pair);
-    const auto first_of = [](int set) { return STEPS < 4 ? 0 : min(4 * set, STEPS - 4); };
+    const u32 pair = line / 2, begin = column + 32 * step_of(line);
     uint4 gain[NORM ? SETS : 1];
 #pragma unroll
     for (int s = 0; s < SETS && NORM; s++) gain[s] = now(a.norm + begin + 32 * first_of(s));
@@ -72,7 +71,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) product(const __grid_co
         const int at = begin + 32 * first_of(s);
 #pragma unroll
         for (int p = 0; p < PARTS; p++) {
-            const float *its = (const float *)a.x + p * COLUMNS + at + 2 * odd;
+            const float *its = (const float *)a.x + p * COLUMNS + at + 2 * (line % 2);
             said[s][p] = now_two((const float *)a.x + PARTS * COLUMNS + (p * COLUMNS + at) / DIM * 2);
             numbers[s][p][0] = now_two(its), numbers[s][p][1] = now_two(its + 4);
             any |= numbers[s][p][0].x | numbers[s][p][1].x;
@@ -112,12 +111,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) product(const __grid_co
         const float whole = __fdividef(1.0f, sum);
         const u32 first = pair_of(four[0] * whole, four[1] * whole), second = pair_of(four[2] * whole, four[3] * whole);
 #else
-        u32 first = odd ? x[s].y : x[s].x, second = odd ? x[s].w : x[s].z;
-        if (NORM) {  // its scale is applied to the sums
-            const bool there = first_of(s) + pair >= 4 * s && first_of(s) + pair < STEPS;
-            multiply(square, x[s].x, x[s].y, x[s].z, x[s].w, there ? first : 0, there ? second : 0);
-            first = gained(first, odd ? gain[s].y : gain[s].x), second = gained(second, odd ? gain[s].w : gain[s].z);
-        }
+        const uint2 four = four_of(s, line, x[s], gain[NORM ? s : 0], square);
+        const u32 first = four.x, second = four.y;
 #endif
 #pragma unroll
         for (int i = 0; i < 4; i++) {

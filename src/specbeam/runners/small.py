@@ -24,9 +24,9 @@ ACTIVATIONS = ("", "silu", "gelu", "gelu_tanh", "relu")
 
 
 def tiling(rows: int, columns: int, gated: bool, normed: bool, most: int = 0) -> tuple[int, int] | None:
-    """Rows that a program of product.cu has, and its warps. most: steps of a warp, for attended.py. As
-    measured on an H200 within layers of ten models, in which it takes 2 to 35 % less time than Triton's; None where
-    Triton's is the faster one, or may be."""
+    """Rows that a program of product.cu has, and its warps. most: steps of a warp, where stored weights or attention
+    (attended.py) decide. As measured on an H200 within layers of ten models, in which it takes 2 to 35 % less time than
+    Triton's; None where Triton's is the faster one, or may be."""
     steps, rest = divmod(columns, 32)
 
     def warps(most: int) -> int:
@@ -61,8 +61,14 @@ def stores(gate: Tensor) -> bool:
     from specbeam.runners.matvec import early
 
     programs = _processors(gate.device)
-    bytes_each = 4 * hidden * -(-inner // programs) + 2 * inner * -(-hidden // programs)
-    return early(gate.device) and _STORED[0] < bytes_each <= _STORED[1]
+    both = ((inner, hidden, True), (hidden, inner, False))
+    numbers = sum(layout(rows, columns, gated, programs)["ROWS"] * columns for rows, columns, gated in both)
+    return early(gate.device) and _STORED[0] < 2 * numbers <= _STORED[1]
+
+
+def split(ahead: int) -> int:
+    """Of an SM's memory, for all kernels of a layer."""
+    return cuda.ALL if ahead == STORED else cuda.SOME
 
 
 def layout(rows: int, columns: int, gated: bool, programs: int) -> dict[str, int]:
@@ -100,8 +106,7 @@ def product(x: Tensor, norm: Tensor | None, eps: float, plus: bool, weights: Seq
     if min(sizes) < share or any(one.dtype != torch.bfloat16 for one in every) or any(
             one.data_ptr() % 16 for one in (x, *([] if norm is None else [norm]), *weights)):
         return False
-    split = cuda.ALL if ahead == STORED else cuda.SOME
-    function = cuda.found("stored" if stored else "product", x.device, split, memory, COLUMNS=columns,
+    function = cuda.found("stored" if stored else "product", x.device, split(ahead), memory, COLUMNS=columns,
                           NORM=int(norm is not None), PLUS=int(plus and norm is not None),
                           ACT=ACTIVATIONS.index(act), ADDED=int(added is not None), **given)
     if function is None:

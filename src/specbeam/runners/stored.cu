@@ -8,9 +8,10 @@
 // them a gate's, half its up's), AT_ONCE (rows of a piece), DEPTH (pieces under way), LATE (0, or: the next kernel begins
 // when so many pieces have come), LEAST (programs that an SM's registers are enough for), ADDED, and what row.cuh is.
 
+constexpr int STEPS = COLUMNS / 32 / ACROSS, SETS = (STEPS + 3) / 4, TILES = (ROWS + 8 * BANDS - 1) / (8 * BANDS);
+
 #include "row.cuh"
 
-constexpr int STEPS = COLUMNS / 32 / ACROSS, SETS = (STEPS + 3) / 4, TILES = (ROWS + 8 * BANDS - 1) / (8 * BANDS);
 constexpr int SHARE = ACT ? ROWS / 2 : ROWS, WARPS = ACROSS * BANDS;  // and one that copies
 constexpr int COPIES = (SHARE + AT_ONCE - 1) / AT_ONCE, PIECES = (ACT ? 2 : 1) * COPIES;
 static_assert(COLUMNS % (32 * ACROSS) == 0, "columns have no rest");
@@ -39,7 +40,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS + 32, LEAST) stored(cons
                   a.weights[piece / COPIES] + (long long)(row + its) * COLUMNS, rows_of(piece) * COLUMNS * 2, &come[piece]);
         };
         if (lane < PIECES) expect(&come[lane], rows_of(lane) * COLUMNS * 2);
-        together_now();
+        __syncwarp();
         if (lane < DEPTH && lane < PIECES) copy(lane);
         if (lane == 0)
             for (int i = 0; i < PIECES; i++) {
@@ -47,15 +48,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS + 32, LEAST) stored(cons
                 if (LATE == i + 1) let_next_begin();
                 if (i + DEPTH < PIECES) copy(i + DEPTH);
             }
-        together_now();
+        __syncwarp();
         __syncthreads();  // all have come
         __syncthreads();
         return;
     }
-    // Four steps at a time, the last four of all (some then come once more) at the end.
     const u32 column = (across * STEPS * 4 + lane % 4) * 8;
-    const u32 pair = line / 2, odd = line % 2, begin = column + 32 * (STEPS < 4 ? min(pair, STEPS - 1) : pair);
-    const auto first_of = [](int set) { return STEPS < 4 ? 0 : min(4 * set, STEPS - 4); };
+    const u32 pair = line / 2, odd = line % 2, begin = column + 32 * step_of(line);
     uint4 gain[NORM ? SETS : 1];
 #pragma unroll
     for (int s = 0; s < SETS && NORM; s++) gain[s] = now(a.norm + begin + 32 * first_of(s));
@@ -77,17 +76,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS + 32, LEAST) stored(cons
     if (ADDED && mine < SHARE) added = now_one(a.added + row + mine);
     x[0].x |= (any | added) & blockIdx.y;  // (0 of it) all is asked for before the first of it is needed
     float square[4] = {};
-    u32 first[SETS], second[SETS];
+    uint2 four[SETS];
 #pragma unroll
-    for (int s = 0; s < SETS; s++) {
-        first[s] = odd ? x[s].y : x[s].x, second[s] = odd ? x[s].w : x[s].z;
-        if (NORM) {  // its scale is applied to the sums
-            const bool there = first_of(s) + pair >= 4 * s && first_of(s) + pair < STEPS;
-            multiply(square, x[s].x, x[s].y, x[s].z, x[s].w, there ? first[s] : 0, there ? second[s] : 0);
-            first[s] = gained(first[s], odd ? gain[s].y : gain[s].x);
-            second[s] = gained(second[s], odd ? gain[s].w : gain[s].z);
-        }
-    }
+    for (int s = 0; s < SETS; s++) four[s] = four_of(s, line, x[s], gain[NORM ? s : 0], square);
     if (NORM && band == 0 && lane % 9 == 0) squares[across][lane / 9] = square[0] + square[3];
     __syncthreads();  // all weights have come
 #pragma unroll
@@ -105,8 +96,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS + 32, LEAST) stored(cons
                 const bool two = p % 2 == 0 && i < 3 && j + 1 < STEPS, its = pair == p || (two && pair == p + 1);
                 const uint4 one = *(const uint4 *)(from + 32 * (j + (two && odd)));
                 const uint4 other = two ? *(const uint4 *)(from + 32 * (j + !odd)) : one;
-                multiply(d[0], one.x, one.y, one.z, one.w, its ? first[s] : 0, its ? second[s] : 0);
-                multiply(d[1], other.x, other.y, other.z, other.w, its ? first[s] : 0, its ? second[s] : 0);
+                multiply(d[0], one.x, one.y, one.z, one.w, its ? four[s].x : 0, its ? four[s].y : 0);
+                multiply(d[1], other.x, other.y, other.z, other.w, its ? four[s].x : 0, its ? four[s].y : 0);
             }
         }
         const bool swapped = (lane + line) % 2;
